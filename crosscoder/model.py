@@ -409,7 +409,7 @@ def save(self: CrossCoder,
     write_atomic(folder / "model.safetensors", self.to_bytes())
     write_atomic(folder / "config.json", json.dumps({**self.config(), "info": self.info}, indent=2))
 
-# %% ../nbs/01_model.ipynb #da6fb948
+# %% ../nbs/01_model.ipynb #981d370b
 def _load_card(folder): # a CrossCoder from a folder in the card's format
     try: config = json.loads((folder / "config.json").read_text())
     except OSError: raise BadInput(f"{folder} has a model.pt but no config.json, which gives its sizes") from None
@@ -417,8 +417,9 @@ def _load_card(folder): # a CrossCoder from a folder in the card's format
     missing = [k for k in dfc.CONFIG_KEYS[:5] if k not in config]
     if missing: raise BadInput(f"{folder / 'config.json'} lacks {', '.join(missing)}; found {', '.join(config)}")
     try: state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-    except Exception as e: # damaged archives and pickled code give many types
-        raise BadInput(f"{folder / 'model.pt'} was not loaded: it is damaged, or holds a pickle with code, which is never run ({str(e).splitlines()[0]})") from None
+    except Exception: # damaged archives and pickled code give many types
+        raise BadInput(f"{folder / 'model.pt'} was not loaded: it is damaged, or holds a pickle with code, which is never run. Fetch it again, "
+                       "or ask its author for plain tensors") from None
     plain = dfc.DFCCrossCoder(**{k: config[k] for k in dfc.CONFIG_KEYS if k in config})
     masks = plain.enc_mask.clone(), plain.dec_mask.clone()
     _fill(plain, state, folder / "model.pt")
