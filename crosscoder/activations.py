@@ -159,7 +159,7 @@ def from_tensors(cls: ActivationStore,
     w.save_manifest()
     return ActivationStore(path)
 
-# %% ../nbs/05_activations.ipynb #95f96e59
+# %% ../nbs/05_activations.ipynb #c6dd461e
 class StorePart(Rows):
     "Some rows of a store; reads like one."
     def __init__(self, store, index): self.store, self.index, self.d_in = store, index, store.d_in
@@ -189,7 +189,7 @@ def split(self: Rows,
     chosen = set(distinct[:min(max(1, round(test * len(distinct))), len(distinct) - 1)])
     in_test = pd.Series(number).isin(used[key.isin(chosen)])
     store, index = (self.store, self.index) if isinstance(self, StorePart) else (self, torch.arange(len(self)))
-    return tuple(StorePart(store, index[torch.from_numpy(side.to_numpy())]) for side in (~in_test, in_test))
+    return tuple(StorePart(store, index[torch.tensor(side.to_numpy())]) for side in (~in_test, in_test))
 
 # %% ../nbs/05_activations.ipynb #6224ebc0
 def _tokenize(tokenizer, texts, max_tokens, least, counts): # [Text] -> [(Text, ids, offsets)], counting what falls away

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'Layout', 'Codes', 'padded', 'select_topk', 'select_above', 'select_batch_topk', 'sum_by_feature',
-           'decode', 'encode']
+           'decode', 'pre_activations', 'pick', 'encode']
 
 # %% ../nbs/00_sparse.ipynb #4ed46330
 from functools import cached_property
@@ -157,7 +157,26 @@ class _EncoderGradient(torch.autograd.Function):
         gb = grad.new_zeros(l.n_features).index_add_(0, l.indices, grad) if needs[3] else None
         return None, gx, gw, gb, None, None
 
-# %% ../nbs/00_sparse.ipynb #508c875d
+# %% ../nbs/00_sparse.ipynb #7b2a9452
+@torch.no_grad()
+def pre_activations(x: Tensor,      # (n, d)
+                    weight: Tensor, # (n_features, d)
+                    bias: Tensor    # (n_features,)
+                   ) -> Tensor: # (n, n_features), without gradient
+    "The encoder's dense product, which decides what is selected."
+    return torch.addmm(bias, x, weight.T)
+
+def pick(pre: Tensor,    # (n, n_features) what `pre_activations` gave
+         x: Tensor,      # (n, d) what it was given, like `weight` and `bias`
+         weight: Tensor,
+         bias: Tensor,
+         layout: Layout, # what was selected
+         forbidden=()    # blocks of `weight` that get no gradient: pairs of slices (features, channels)
+        ) -> Codes:
+    "The selected features after a ReLU; differentiable in x, weight and bias."
+    return Codes(_EncoderGradient.apply(pre, x, weight, bias, layout, forbidden), layout)
+
+# %% ../nbs/00_sparse.ipynb #8a6c8e70
 def encode(x: Tensor,      # (n, d)
            weight: Tensor, # (n_features, d)
            bias: Tensor,   # (n_features,)
@@ -165,6 +184,5 @@ def encode(x: Tensor,      # (n, d)
            forbidden=()    # blocks of `weight` that get no gradient: pairs of slices (features, channels)
           ) -> Codes:
     "Sparse features of `x`: one dense product, a selection, a ReLU; differentiable in x, weight and bias."
-    with torch.no_grad(): pre = torch.addmm(bias, x, weight.T)
-    layout = select(pre)
-    return Codes(_EncoderGradient.apply(pre, x, weight, bias, layout, forbidden), layout)
+    pre = pre_activations(x, weight, bias)
+    return pick(pre, x, weight, bias, select(pre), forbidden)
