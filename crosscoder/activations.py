@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHERE', 'Rows', 'ActivationStore', 'StorePart', 'extract']
 
-# %% ../nbs/05_activations.ipynb #dc0ae907
+# %% ../nbs/05_activations.ipynb #78d8c340
 import hashlib
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .model import write_atomic
+from .model import remove_leftovers, write_atomic
 from .pairs import ModelPair, last_token
 from .sparse import BadInput
 from .texts import Text, as_texts
@@ -261,8 +261,9 @@ def _same(found, asked, what, prefix=""): # BadInput that names the first settin
             raise BadInput(f"{what} was made with {prefix}{key} = {found.get(key)!r}, and {asked[key]!r} is asked for now. "
                            "Use the old setting to go on with it, or another folder to begin anew")
 
-# %% ../nbs/05_activations.ipynb #48cc6f0d
+# %% ../nbs/05_activations.ipynb #63417adc
 def _start(path, settings, d_in): # the manifest to go on with
+    remove_leftovers(path)
     if not (path / "manifest.json").exists():
         return {"format": 1, "d_in": list(d_in), "settings": settings, "shards": [], "counts": {}, "median_norm": None, "complete": False}
     manifest = ActivationStore(path).manifest

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMALIZERS', 'ACTIVATIONS', 'TEMPLATES', 'DFCCrossCoder', 'Partition', 'exclusive_sizes', 'Normalizer', 'CrossCoder',
-           'write_atomic']
+           'write_atomic', 'remove_leftovers']
 
 # %% ../nbs/01_model.ipynb #cadbc9ca
 import json
@@ -324,6 +324,11 @@ def write_atomic(path, # where the file shall be
     except OSError as e:
         tmp.unlink(missing_ok=True)
         raise BadInput(f"{path} could not be written: {e.strerror}. What was written before is kept; make room or choose another folder, and run again") from None
+
+# %% ../nbs/01_model.ipynb #ff4de107
+def remove_leftovers(folder): # of writes that were killed
+    "Delete the temporary files that a killed process left in a folder."
+    for f in Path(folder).glob(".*.tmp"): f.unlink(missing_ok=True)
 
 # %% ../nbs/01_model.ipynb #617c349a
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['sparsity', 'dead_layout', 'TrainConfig', 'Batches', 'Trainer', 'Callback', 'Progress', 'History', 'Checkpoint',
            'WandB', 'update_config', 'train']
 
-# %% ../nbs/06_training.ipynb #d18adeed
+# %% ../nbs/06_training.ipynb #8e4f9acf
 import json
 import os
 import shutil
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import _same
-from .model import CrossCoder, _fill, _open, write_atomic
+from .model import CrossCoder, _fill, _open, remove_leftovers, write_atomic
 from .sparse import BadInput, Codes, Layout, decode, pick, pre_activations, select_topk
 
 # %% ../nbs/06_training.ipynb #a1d6a943
@@ -279,7 +279,7 @@ def _describe_data(store): # what the training rows are, for comparing
     index = getattr(store, "index", None)
     return {"rows": len(store), "index_sum": int(index.sum()) if index is not None else None, "shards": digest, "settings": m["settings"]}
 
-# %% ../nbs/06_training.ipynb #a1c6d0f0
+# %% ../nbs/06_training.ipynb #8e35e0f5
 def train(cc: CrossCoder,             # trained in place
           store,                      # the training part: a store or a part of one
           config: TrainConfig = None, # defaults if left out
@@ -293,7 +293,9 @@ def train(cc: CrossCoder,             # trained in place
     if not len(store): raise BadInput("the store has no rows to train on")
     settings = {"model": cc.config(), "train": asdict(config), "data": _describe_data(store)}
     final, checkpoint = (out and Path(out) / name for name in ("model.safetensors", "checkpoint/state.safetensors"))
-    if out: update_config(out, **settings)
+    if out:
+        for folder in (Path(out), checkpoint.parent): remove_leftovers(folder)
+        update_config(out, **settings)
     history = History(out)
     if out and final.exists(): return _finished(cc, final, history)
     trainer = Trainer(cc, config, settings)
