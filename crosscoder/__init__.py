@@ -6,9 +6,10 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/14_package.ipynb #cf9a0d96
+# %% ../nbs/14_package.ipynb #7b7dca5c
 from importlib import import_module
 
+# %% ../nbs/14_package.ipynb #ddacdede
 _WHERE = {
     "sparse": ("BadInput",),
     "model": ("CrossCoder", "DFCCrossCoder"),

@@ -123,35 +123,40 @@ def _overall(f): # {column: (n_features,)} rate, mean where it fires, max
     top[f.feature] = f.value # the last entry of a feature is its strongest
     with np.errstate(invalid="ignore"): return {"rate": counts / len(f.rows), "mean": total / counts, "max": top}
 
-# %% ../nbs/08_analysis.ipynb #baf3e6c5
-def _best(f, content, examples): # entries of f: for each feature its strongest rows, one a content, strongest first
-    key = f.feature[::-1].astype(np.int64) * (content.max() + 1) + content[f.row[::-1]]
-    first = np.sort(np.unique(key, return_index=True)[1])
-    feature = f.feature[::-1][first]
+# %% ../nbs/08_analysis.ipynb #cedc4b48
+def _best(f, kinds, examples): # entries of f: for each feature its strongest rows, strongest first, one of each kind
+    entry = np.arange(len(f.feature))[::-1]
+    for kind in kinds: # a number for each row
+        key = f.feature[entry].astype(np.int64) * (kind.max() + 1) + kind[f.row[entry]]
+        entry = entry[np.sort(np.unique(key, return_index=True)[1])]
+    feature = f.feature[entry]
     starts = np.flatnonzero(np.append(True, feature[1:] != feature[:-1]))
-    place = np.arange(len(first)) - np.repeat(starts, np.diff(np.append(starts, len(first))))
-    return len(f.feature) - 1 - first[place < examples]
+    place = np.arange(len(entry)) - np.repeat(starts, np.diff(np.append(starts, len(entry))))
+    return entry[place < examples]
 
-def _contents(where, texts): # a number for each row; rows whose texts read the same share it, an empty text is its own
+def _kinds(where, texts): # two numbers for each row: of the text up to its token, and of the whole text; what is empty is its own kind
     number, used = pd.factorize(where.text.to_numpy())
     content = texts.text.to_numpy()[used]
-    return pd.factorize(pd.Series([c or int(n) for c, n in zip(content, used)], dtype=object))[0][number]
+    so_far = [hash(content[n][:end]) if end and content[n] else (i,) for i, (n, end) in enumerate(zip(number, where.end))]
+    own = pd.Series([c or int(n) for c, n in zip(content, used)], dtype=object)
+    return pd.factorize(pd.Series(so_far, dtype=object))[0], pd.factorize(own)[0][number]
 
+# %% ../nbs/08_analysis.ipynb #56c5b958
 def _examples(f, part, where, examples): # a list of dicts for each feature
     out = [[] for _ in range(f.n_features)]
     if not len(f.feature): return out
     in_store = part.index.numpy()[f.rows] if hasattr(part, "index") else f.rows # rows are named by their number in the whole store
-    best = _best(f, _contents(where, part.texts), examples)
+    best = _best(f, _kinds(where, part.texts), examples)
     at = where.iloc[f.row[best]]
     for feature, value, row, text, position, source in zip(f.feature[best].tolist(), f.value[best].tolist(), in_store[f.row[best]].tolist(),
                                                            at.text.tolist(), at.position.tolist(), at.source.tolist()):
         out[feature].append({"row": row, "text": text, "position": position, "value": value, "source": source})
     return out
 
-# %% ../nbs/08_analysis.ipynb #89cd25a0
+# %% ../nbs/08_analysis.ipynb #32e15ee0
 def feature_table(cc,                      # a trained `CrossCoder`
                   part,                    # held-out part of a store, or a store
-                  examples: int = 5,       # top activating rows to keep for each feature
+                  examples: int = 5,       # top activating rows to keep for each feature, no two of the same text
                   max_rows: int = 500_000, # look at no more rows than this, spread evenly; `table.attrs` says how many there were
                   progress: bool = True    # show a progress bar if it takes over 2 seconds
                  ) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from .model import CrossCoder, write_atomic
 from .sparse import BadInput
 from .training import TrainConfig, WandB, train, update_config
 
-# %% ../nbs/13_cli.ipynb #7ebd95eb
+# %% ../nbs/13_cli.ipynb #3a4e7ab9
 @dataclass
 class PairConfig:
     "Which models are compared. Without either, the embedded default pair."
@@ -40,7 +40,7 @@ class PairConfig:
 @dataclass
 class TextConfig:
     "What both models read."
-    texts: tuple = ("tools*160", "prose*420") # a source, once for each: tools or prose (embedded), fineweb, toolrl, owner/name on the hub, or a .jsonl, .parquet or .txt file; *N for N texts
+    texts: tuple = ("tools*140", "prose*360") # tools or prose (embedded), fineweb, toolrl, owner/name on the hub, or a .jsonl, .parquet or .txt file; *N for N texts; once for each
     column: str | None = None    # column that holds the text, for files and hub data sets
     shuffle: bool = True         # mix the sources; otherwise one after the other
 
@@ -52,12 +52,12 @@ class ExtractConfig:
     max_tokens: int = 512        # tokens of a text beyond this are cut off, and counted
     max_norm: float = 10.0       # with all tokens: leave out those whose norm is over this multiple of the median
 
-# %% ../nbs/13_cli.ipynb #eee41229
+# %% ../nbs/13_cli.ipynb #b0855f77
 @dataclass
 class ModelConfig:
     "The crosscoder."
     dict_size: int | None = None # number of features; 8 times the wider model by default
-    k: int = 64                  # active features a token
+    k: int = 48                  # active features a token
     exclusive: str = "0.05,0.05" # features for A alone and for B alone, as fractions of the dictionary (0.05) or counts (230); 0,0 for a plain crosscoder
     activation: str = "batchtopk"# topk, batchtopk or relu
     normalizer: str = "scale"    # zscore (each channel), scale (one number a model) or none
@@ -99,9 +99,10 @@ def _resolve(given, preset="default"): # name of each field -> value: what was g
 
 def _make(cls, settings): return cls(**{f.name: settings[f.name] for f in fields(cls)})
 
-# %% ../nbs/13_cli.ipynb #1b8dd23f
+# %% ../nbs/13_cli.ipynb #018c0fb9
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
-                  help="git diff for language models: what did this fine-tune change?\n\nStart with [bold]crosscoder diff[/bold]: with no argument it compares an embedded pair, in a few minutes on two cores.")
+                  help="git diff for language models: what did this fine-tune change?\n\n"
+                       "Start with [bold]crosscoder diff[/bold]: with no argument it compares an embedded pair, in a few minutes on two cores.")
 
 def command(name, *classes): # a command of `app` with the fields of `classes` as options
     def wrap(f):
@@ -228,11 +229,12 @@ def _strongest(table): # a line for each source: the features that tell it apart
         best = table[column].nlargest(5)
         yield f"  most typical of {column[6:]}: " + ", ".join(f"{i} (AUROC {v:.2f})" for i, v in best.items())
 
-# %% ../nbs/13_cli.ipynb #1c05cf84
+# %% ../nbs/13_cli.ipynb #296b984c
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run.", rich_help_panel="The run.")]
 Preset = Annotated[str, typer.Option(help="Where settings that are not given come from: default, or card (the published ToolRL-Qwen2.5-3B recipe).", rich_help_panel="The run.")]
 UseWandb = Annotated[bool, typer.Option(help="Log to Weights & Biases: online when logged in, else into the run's folder.", rich_help_panel="The run.")]
-Project = Annotated[str | None, typer.Option(help="Project on Weights & Biases. [dim]\\[default: crosscoder; dfc-crosscoder-sweep for the card's preset][/dim]", rich_help_panel="The run.")]
+Project = Annotated[str | None, typer.Option(help="Project on Weights & Biases. [dim]\\[default: crosscoder; dfc-crosscoder-sweep for the card's preset][/dim]",
+                                                 rich_help_panel="The run.")]
 RUN = Path("runs/default")
 
 @command("diff", PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig)

@@ -113,7 +113,7 @@ def _per_model(self: Normalizer, chunks, mean): # one number a model, from the m
     per_model = norms.median(0).values / (sum(self.d_in) / len(self.d_in))**0.5
     return torch.where(per_model > 0, per_model, 1.).repeat_interleave(torch.tensor(self.d_in, device=mean.device))
 
-# %% ../nbs/01_model.ipynb #caaf3626
+# %% ../nbs/01_model.ipynb #c4c92367
 ACTIVATIONS = ("topk", "batchtopk", "relu")
 
 class CrossCoder(nn.Module):
@@ -121,7 +121,7 @@ class CrossCoder(nn.Module):
     def __init__(self,
                  d_in: tuple,                   # width of each model's residual stream, two or more
                  dict_size: int | None = None,  # number of features; 8 × the widest model if left out
-                 k: int = 64,                   # active features a sample (a mean for "batchtopk", not used by "relu")
+                 k: int = 48,                   # active features a sample (a mean for "batchtopk", not used by "relu")
                  exclusive: tuple | None = None,# fraction (float) or count (int) of features for each model alone
                  activation: str = "batchtopk", # one of `ACTIVATIONS`; the card's is "topk"
                  normalizer: str = "scale",     # one of `NORMALIZERS`; the card's is "zscore"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_LAYER', 'cache_dir', 'fetch_wheel', 'find_blocks', 'last_token', 'ModelPair', 'default_base', 'default_pair']
 
-# %% ../nbs/03_pairs.ipynb #7c6a86fa
+# %% ../nbs/03_pairs.ipynb #b8d1004d
 import hashlib
 import inspect
 import json
@@ -16,9 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -166,17 +168,19 @@ def _positions(
     "The position of each real token among the real ones, from 0; filling gets a place that nobody reads."
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
-# %% ../nbs/03_pairs.ipynb #5e05466f
+# %% ../nbs/03_pairs.ipynb #79c6fe87
 @contextmanager
 def _quiet():
-    "Without the progress bars and notes that transformers prints while loading."
+    "Without the progress bars, notes and warnings (of libraries about each other) that loading prints."
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -450,7 +454,7 @@ def default_base() -> Path:  # folder with the model and its tokenizer
         raise BadInput(f"Could not make the default model in {entry}: {e}. Free some space, or set CROSSCODER_CACHE to another folder.") from None
     return entry
 
-# %% ../nbs/03_pairs.ipynb #52c080c3
+# %% ../nbs/03_pairs.ipynb #e34ccebd
 DEFAULT_LAYER = 15  # the middle of 30 blocks
 
 
@@ -462,7 +466,7 @@ def default_pair(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, adapter = default_base(), Path(__file__).parent / "adapters" / "tool-use"
+    base, adapter = default_base(), files("crosscoder") / "adapters" / "tool-use"
     devices = device if isinstance(device, (tuple, list)) else (device or ("cuda" if torch.cuda.is_available() else "cpu"),) * 2
     dtype = dtype or _default_dtype(torch.device(devices[0]))
     with _quiet():

@@ -23,10 +23,11 @@ from .analysis import around, load_table, printable, shade
 from .model import TEMPLATES, CrossCoder, write_atomic
 from .sparse import BadInput
 
-# %% ../nbs/10_report.ipynb #9cf31fa8
+# %% ../nbs/10_report.ipynb #c9fdd995
 INK = "#1b1d22"
-COLORS = {"A": "#d55e00", "B": "#0072b2", "shared": "#999999"} # vermilion, blue and a gray (Okabe and Ito 2008)
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.linewidth": 0.6, "axes.titlesize": 9, "axes.titlelocation": "left", "font.size": 9,
+COLORS = {"A": "#d55e00", "B": "#0080c8", "shared": "#999999"} # vermilion, blue (after Okabe and Ito 2008, a little lighter for dark pages), gray
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.linewidth": 0.6,
+         "axes.titlesize": 9, "axes.titlelocation": "left", "font.size": 9,
          "grid.alpha": 0.15, "grid.linewidth": 0.6, "grid.color": INK, "legend.frameon": False, "lines.linewidth": 1.4, "svg.hashsalt": "crosscoder",
          **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}}
 
@@ -44,7 +45,7 @@ def _figure(height, *shape, **kwargs): # a figure as wide as all of them, and it
 
 def _say(axis_setter, text): axis_setter(printable(text), parse_math=False) # a label with somebody's name in it: no TeX, no control characters
 
-# %% ../nbs/10_report.ipynb #88f849a7
+# %% ../nbs/10_report.ipynb #9e940c95
 @_styled
 def plot_training(history: pd.DataFrame # columns step, loss, fve_a, fve_b, l0, dead (a share)
                  ): # -> matplotlib Figure
@@ -57,7 +58,7 @@ def plot_training(history: pd.DataFrame # columns step, loss, fve_a, fve_b, l0, 
     fve.set(title="fraction of variance explained (FVE)", ylim=(max(0, min(history.fve_a.min(), history.fve_b.min()) - 0.02), 1))
     fve.legend(loc="lower right")
     l0.plot(history.step, history.l0, color=INK)
-    l0.set(title="L0: active features a token", xlabel="step", ylim=(0, None))
+    l0.set(title="L0: active features a token", xlabel="step", ylim=(0, 1.1 * history.l0.max()))
     dead.plot(history.step, 100 * history.dead, color=INK)
     dead.set(title="dead features, %", xlabel="step", ylim=(0, max(1, 105 * history.dead.max())))
     return fig
@@ -78,7 +79,7 @@ def plot_relative_norms(table: pd.DataFrame # from `feature_table`
     ax.legend(loc="upper left", bbox_to_anchor=(0.04, 1))
     return fig
 
-# %% ../nbs/10_report.ipynb #113d867a
+# %% ../nbs/10_report.ipynb #7ad41640
 @_styled
 def plot_firing_rates(table: pd.DataFrame, # from `feature_table`, with at least two sources
                       sources=None         # names of two of them; the first two if left out
@@ -92,7 +93,7 @@ def plot_firing_rates(table: pd.DataFrame, # from `feature_table`, with at least
     ax.axline((100 * least, 100 * least), (100, 100), color=INK, lw=0.6, ls=":")
     for p, color, marker in zip(("shared", "B", "A"), (COLORS["shared"], COLORS["B"], COLORS["A"]), "ovs"):
         here = (alive.partition == p).to_numpy()
-        ax.scatter(x[here], y[here], s=10, color=color, marker=marker, alpha=0.7, lw=0, label=f"{p}: {here.sum()} features", rasterized=len(alive) > 500)
+        ax.scatter(x[here], y[here], s=14 if len(alive) < 500 else 6, color=color, marker=marker, alpha=0.8, lw=0, label=f"{p}: {here.sum()} features", rasterized=len(alive) > 500)
     ax.set(xscale="log", yscale="log", xlim=(100 * least / 5, 150), ylim=(100 * least / 5, 150))
     for axis, line, n in zip((ax.xaxis, ax.yaxis), (ax.axvline, ax.axhline), names):
         line(100 * least / 1.7, color=INK, lw=0.6)
@@ -112,7 +113,7 @@ def _svg(fig) -> str: # base64; ink takes the colour of text, light or dark
     svg = out.getvalue().replace(INK, "currentColor").replace("<defs>", style.replace(INK, "#1d2126") + "<defs>", 1)
     return base64.b64encode(svg.encode()).decode()
 
-# %% ../nbs/10_report.ipynb #ccc12378
+# %% ../nbs/10_report.ipynb #fcb0e43a
 MADE_BY = {"config.json": "train", "metrics.jsonl": "train", "model.safetensors": "train", "evaluation.json": "evaluate", "features.parquet": "features"}
 
 class Run(NamedTuple):
@@ -122,10 +123,11 @@ class Run(NamedTuple):
     evaluation: dict      # numbers on the held-out part
     table: pd.DataFrame   # from `feature_table`
     cc: CrossCoder        # the trained model
+    texts: list           # a dict a source, how many texts were given, distinct, repeated; empty if nobody counted
 
 def _json(path, lines=False): # a JSON file, or one with an object a line
     try: return [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
-    except ValueError as e: raise BadInput(f"{path} is damaged: {e}. Make it again with `crosscoder {MADE_BY[path.name]}`") from None
+    except ValueError as e: raise BadInput(f"{path} is damaged: {e}. Make it again with `crosscoder {MADE_BY.get(path.name, 'extract')}`") from None
 
 def read_run(run # folder of a run
             ) -> Run:
@@ -134,9 +136,9 @@ def read_run(run # folder of a run
     for name, command in MADE_BY.items():
         if not (run / name).exists(): raise BadInput(f"{run / name} is not there: `crosscoder {command}` makes it")
     return Run(_json(run / "config.json"), pd.DataFrame(_json(run / "metrics.jsonl", lines=True)), _json(run / "evaluation.json"),
-               load_table(run / "features.parquet"), CrossCoder.load(run))
+               load_table(run / "features.parquet"), CrossCoder.load(run), _json(run / "texts.json") if (run / "texts.json").exists() else [])
 
-# %% ../nbs/10_report.ipynb #60ea097e
+# %% ../nbs/10_report.ipynb #bfd0bef2
 def score(table: pd.DataFrame # from `feature_table`
          ) -> pd.Series: # one number a feature, 0 for dead ones
     "Activation mass × contrast between sources; the mass alone if there is one source."
@@ -150,8 +152,8 @@ def highlights(table: pd.DataFrame, # from `feature_table`
     "The features worth a look: by AUROC for each source, by `score` for each partition. Dead ones never."
     alive = table[table.rate > 0]
     by_source = {s: alive.nlargest(n, f"auroc_{s}").index.tolist() for s in table.attrs["sources"] if f"auroc_{s}" in table}
-    ranked = score(alive).sort_values(ascending=False, kind="stable").index
-    return by_source, {p: [j for j in ranked if alive.partition[j] == p][:n] for p in table.partition.unique()}
+    ranked = alive.partition[score(alive).sort_values(ascending=False, kind="stable").index]
+    return by_source, {p: ranked.index[ranked == p][:n].tolist() for p in table.partition.unique()}
 
 # %% ../nbs/10_report.ipynb #a8d7ed08
 def _percent(share): return f"{100 * share:.3g} %"
@@ -172,13 +174,14 @@ def _cards(r, store, features): # feature -> what the template shows of it
     return {j: {"number": j, "label": (t := r.table.loc[j]).label, "css": t.label if t.label in COLORS else "dead",
                 "facts": _facts(t, r.table.attrs["sources"]), "examples": shown[j]} for j in features}
 
-# %% ../nbs/10_report.ipynb #9628d574
+# %% ../nbs/10_report.ipynb #b428dc74
 def _sections(r, cards, by_source, by_partition): # what the two lists of features show
     first = next((s for s in by_source if "tool" in s.lower()), next(iter(by_source), None)) # the source a reader came for
     for_source = [{"title": f"Highest AUROC for {s}", "small": f"{len(features)} features", "open": s == first, "cards": [cards[j] for j in features]}
                   for s, features in sorted(by_source.items(), key=lambda item: item[0] != first)]
     alive = r.table[r.table.rate > 0].partition.value_counts()
-    for_partition = [{"title": f"Partition {p}", "small": f"{len(features)} of {alive.get(p, 0)} features that fired", "open": p != "shared", "cards": [cards[j] for j in features]}
+    for_partition = [{"title": f"Partition {p}", "small": f"{len(features)} of {alive.get(p, 0)} features that fired", "open": p != "shared" or len(by_partition) == 1,
+                      "cards": [cards[j] for j in features]}
                      for p, features in by_partition.items()]
     return for_source, for_partition
 
@@ -193,12 +196,14 @@ def _flat(value, name=""): # nested settings -> (dotted name, text) pairs
     if isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value): return [(name, ", ".join(map(str, value)))]
     return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
-# %% ../nbs/10_report.ipynb #0428e97c
+# %% ../nbs/10_report.ipynb #ef6aea47
 def _figures(r): # base64 SVG, alternative text and caption of each
     out = [(plot_training(r.history), "Loss, FVE, L0 and dead features over training steps",
-            "Training, measured on the batches of the training part: curves that are flat at the right end would gain little from more steps."),
+            "Training, measured on the batches of the training part. A curve that becomes flat while the learning rate falls to 0 "
+            "has not shown that more steps would gain nothing."),
            (plot_relative_norms(r.table), "Histogram of relative decoder norms",
-            "How the features that fired share their decoder between the models: right is A alone, left is B alone. The features of the blocks A and B stand at 1 and 0 by construction.")]
+            "How the features that fired share their decoder between the models: right is A alone, left is B alone. "
+            "The features of the blocks A and B stand at 1 and 0 by construction.")]
     names = [s for s in r.table.attrs["sources"] if f"rate_{s}" in r.table][:2]
     if len(names) == 2:
         out.append((plot_firing_rates(r.table, names), f"Firing rates in {names[0]} and {names[1]}",
@@ -208,11 +213,13 @@ def _figures(r): # base64 SVG, alternative text and caption of each
 def _looked_at(table): # one sentence on the rows behind the table
     a = table.attrs
     thinned = "" if a["rows"] == a["rows_total"] else f", evenly spread over the {a['rows_total']:,} there are (the rest was not looked at)"
-    return (f"The feature table was made from {a['rows']:,} held-out rows{thinned}. Of texts that read the same, a feature shows its strongest token only.")
+    return (f"The feature table was made from {a['rows']:,} held-out rows{thinned}. "
+            "Of tokens before which the texts read the same, and of tokens of one text, a feature shows the strongest only.")
 
-# %% ../nbs/10_report.ipynb #8f5c941a
+# %% ../nbs/10_report.ipynb #c7bd8723
 def _check_store(r, store): # BadInput unless model and table can be from this store
-    if tuple(store.d_in) != r.cc.d_in: raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the run's model has {r.cc.d_in}: give the store it was trained on")
+    if tuple(store.d_in) != r.cc.d_in:
+        raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the run's model has {r.cc.d_in}: give the store it was trained on")
     text = store.rows.text.to_numpy()
     for e in (e for examples in r.table.examples for e in examples):
         if e["row"] >= len(text) or text[e["row"]] != e["text"]:
@@ -226,14 +233,16 @@ def _page(r, store): # everything the template shows
     for_source, for_partition = _sections(r, cards, by_source, by_partition)
     made = store.manifest["settings"]
     e, sizes = r.evaluation, ", ".join(f"{s} {n:,}" for s, n in r.table.attrs["sources"].items())
-    return {"names": made.get("pair", {}).get("names", ["model A", "model B"]), "tiles": _tiles(r), "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()], "by_source": for_source, "by_partition": for_partition,
+    return {"names": made.get("pair", {}).get("names", ["model A", "model B"]), "tiles": _tiles(r),
+            "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()], "by_source": for_source, "by_partition": for_partition,
             "subtitle": (f"Layer {made['layer']}, " if "layer" in made else "") + repr(r.cc),
             "held_out": f"On {e['rows']:,} held-out tokens of {e['texts']:,} texts that training never saw (rows by source: {sizes}):",
             "score_text": "Chosen by activation mass (mean activation over all tokens × decoder norms) times contrast (largest |2·AUROC − 1| of any source). "
                           "The score chooses what to look at; nothing is concluded from it.",
             "figures": _figures(r), "counts": [(k, f"{v:,}") for k, v in store.manifest["counts"].items()], "looked_at": _looked_at(r.table),
-            "settings": [(name, _flat(v)) for name, v in r.config.items() if name not in ("command", "versions")],
-            "command": r.config.get("command"), "versions": ", ".join(f"{k} {v}" for k, v in _flat(r.config.get("versions", {})) if k)}
+            "texts": [list(r.texts[0]), *(list(t.values()) for t in r.texts)] if r.texts else [],
+            "settings": [(name, _flat(v)) for name, v in r.config.items() if name != "run"],
+            "command": r.config.get("run", {}).get("command"), "versions": ", ".join(f"{k} {v}" for k, v in r.config.get("run", {}).get("versions", {}).items())}
 
 # %% ../nbs/10_report.ipynb #a0890773
 def write_report(run,      # folder of a finished run

@@ -6,14 +6,12 @@
 __all__ = ['sparsity', 'dead_layout', 'TrainConfig', 'Batches', 'Trainer', 'Callback', 'Progress', 'History', 'Checkpoint',
            'WandB', 'update_config', 'train']
 
-# %% ../nbs/06_training.ipynb #8e4f9acf
+# %% ../nbs/06_training.ipynb #59530a57
 import json
 import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -46,11 +44,11 @@ def dead_layout(pre: Tensor,  # (n, n_features) pre-activations
     found = select_topk(pre[:, dead], min(k, len(dead)))
     return Layout(dead[found.indices], found.offsets, pre.shape[1])
 
-# %% ../nbs/06_training.ipynb #35ec2ef3
+# %% ../nbs/06_training.ipynb #5f9dcce8
 @dataclass
 class TrainConfig:
     "Settings of a training run."
-    steps: int = 400                      # optimizer steps
+    steps: int = 200                      # optimizer steps
     batch_size: int = 2048                # activations (rows of the store) a step
     lr: float = 2e-3                      # highest learning rate of Adam
     warmup: int = 20                      # steps over which the learning rate rises from 0

@@ -9,19 +9,22 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "offline")
 HERE = Path(__file__).parent
 WORDS = "the a tool call name search find paper on cat dog sat user think respond weather city date query number list of in for to and".split()
-CHAT = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <eos> {% endfor %}"
+CHAT = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|endoftext|> {% endfor %}"
 
 
 def make_tokenizer(folder, words=WORDS):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    "A byte-level BPE as Qwen2 has it, in which each of `words` is one token."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {w: i for i, w in enumerate(["<eos>", "<unk>", *words])}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>", chat_template=CHAT)
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator([f"{w} {w}" for w in words], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHAT)
     fast.save_pretrained(folder)
-    return len(vocab)
+    return len(fast)
 
 
 def make_model(folder, seed, d=16, layers=4, words=WORDS):

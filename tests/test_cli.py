@@ -1,0 +1,88 @@
+"Whole runs through the installed command, on a tiny pair and local files."
+import json
+
+import pandas as pd
+import pytest
+from conftest import cli
+
+from crosscoder import ActivationStore, CrossCoder
+
+SMALL = ["--dict-size", 64, "--k", 4, "--steps", 30, "--batch-size", 64, "--no-wandb"]
+
+
+@pytest.fixture(scope="module")
+def run(models, files, tmp_path_factory):
+    "A finished `diff` of the tiny pair."
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    done = cli("diff", "--out", out, "--model-a", models[0], "--model-b", models[1], "--texts", f"{files}/fineweb.jsonl*50", "--texts", f"{files}/toolrl.jsonl*30",
+               "--layer", 2, *SMALL)
+    assert done.returncode == 0, done.said
+    return out, done, models, files
+
+
+def test_diff_leaves_everything(run):
+    out, done, *_ = run
+    names = {p.name for p in out.iterdir()}
+    assert names == {"activations", "config.json", "evaluation.json", "features.parquet", "metrics.jsonl", "model.safetensors", "report.html", "texts.json"}
+    assert "Look at" in done.said and str(out / "report.html") in done.said
+    assert "toolrl: 30 texts, 20 distinct, 10 repeats" in done.said  # repeats are counted and said
+    table, result = pd.read_parquet(out / "features.parquet"), json.loads((out / "evaluation.json").read_text())
+    assert len(table) == 64 and set(table.label) <= {"A", "B", "shared", "dead"}
+    assert list(table.partition) == ["A"] * 3 + ["B"] * 3 + ["shared"] * 58  # 5 % of 64, rounded down
+    assert 0 < result["fve_a"] < 1 and result["rows"] == len(ActivationStore(out / "activations").split()[1])
+
+
+def test_config_says_how_to_run_it_again(run):
+    config = json.loads((run[0] / "config.json").read_text())
+    assert set(config) >= {"run", "pair", "texts", "activations", "split", "model", "train", "data"}
+    assert set(config["run"]["versions"]) == {"python", "crosscoder", "torch", "transformers"} and "diff" in config["run"]["command"]
+
+
+def test_again_does_nothing_twice(run):
+    out, _, models, files = run
+    before = {p: p.stat().st_mtime_ns for p in (out / "model.safetensors", *(out / "activations").iterdir())}
+    done = cli("diff", "--out", out, "--model-a", models[0], "--model-b", models[1], "--texts", f"{files}/fineweb.jsonl*50", "--texts", f"{files}/toolrl.jsonl*30",
+               "--layer", 2, *SMALL)
+    assert done.returncode == 0, done.said
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_stages_over_the_same_folder(run, tmp_path):
+    out, _, models, files = run
+    pair = ["--model-a", models[0], "--model-b", models[1], "--texts", f"{files}/fineweb.jsonl*50", "--texts", f"{files}/toolrl.jsonl*30", "--layer", 2]
+    for command in (["extract", *pair], ["train", *SMALL], ["evaluate"], ["features", "--show", 1], ["report"]):
+        done = cli(command[0], "--out", tmp_path / "r", *command[1:])
+        assert done.returncode == 0, (command, done.said)
+    for name in ("model.safetensors", "evaluation.json", "metrics.jsonl"):  # the same stages, the same bits
+        assert (tmp_path / "r" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_card_preset(models, files, tmp_path):
+    "The card's recipe on tiny models in folders and local files with those data sets' schemas."
+    done = cli("diff", "--preset", "card", "--out", tmp_path / "card", "--model-a", models[0], "--model-b", models[1], "--layer", 1,
+               "--texts", f"{files}/fineweb.jsonl*40", "--texts", f"{files}/toolrl.jsonl*40", "--dict-size", 128, "--steps", 20)
+    assert done.returncode == 0, done.said
+    config = json.loads((tmp_path / "card" / "config.json").read_text())
+    train = config["train"]
+    assert (train["batch_size"], train["lr"], train["clip"], train["sparsity_coef"], train["exclusive_sparsity_coef"]) == (1024, 1e-4, 1.0, 1e-3, 0)
+    assert config["model"] == {"d_in": [16, 16], "dict_size": 128, "k": 90, "exclusive": [0, 0], "activation": "topk", "normalizer": "zscore"}
+    assert config["activations"]["tokens"] == "last" and config["texts"]["shuffle"] is False
+    assert len(ActivationStore(tmp_path / "card" / "activations")) == 80  # one row a text, repeats included
+    assert list(ActivationStore(tmp_path / "card" / "activations").texts.source[[0, 39, 40]]) == ["fineweb", "fineweb", "toolrl"]
+    assert (tmp_path / "card" / "wandb").is_dir()  # offline, since nobody is logged in
+    cc = CrossCoder.load(tmp_path / "card")
+    cc.save(tmp_path / "published", format="card")
+    hparams = json.loads((tmp_path / "published" / "hparams.json").read_text())
+    assert (hparams["architecture"], hparams["layer"], hparams["train_batch"], hparams["loss"]) == ("CrossCoder", 1, 1024, "MSE + L1 sparsity")
+
+
+def test_copies_of_a_text_stay_together(run):
+    out = run[0]
+    store = ActivationStore(out / "activations")
+    parts = [set(p.texts.text[p.rows.text.unique()]) for p in store.split()]
+    assert len(store.texts) > store.texts.text.nunique() and not parts[0] & parts[1]
+
+
+def test_help_teaches():
+    done = cli("--help")
+    assert done.returncode == 0 and all(c in done.stdout for c in ("diff", "extract", "train", "evaluate", "features", "report"))
