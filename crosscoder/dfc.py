@@ -54,23 +54,23 @@ class DFCCrossCoder(nn.Module):
         features = self.encode(x)
         return self.decode(features), features
 
-# %% ../nbs/00_dfc.ipynb #2e7c275a
+# %% ../nbs/00_dfc.ipynb #f61b1361
 def feature_stats(features, # (batch, dict_size) dense features
-                  n_a: int, # features of model A alone, the first ones
-                  n_b: int  # features of model B alone, the next ones
+                  sizes     # number of features of each model alone, in their order
                  ) -> dict: # the card's keys, floats
     "Active features a sample and mean value, in all and per partition; an empty partition has 0."
-    parts = {"a_excl": features[:, :n_a], "b_excl": features[:, n_a:n_a + n_b], "shared": features[:, n_a + n_b:]}
+    names = [f"{letter}_excl" for letter, _ in zip("abcdefgh", sizes)] + ["shared"]
+    parts = dict(zip(names, features.split([*sizes, features.shape[1] - sum(sizes)], dim=1)))
     l0 = {f"l0_{name}": (f > 0).sum(1).float().mean().item() for name, f in {"total": features, **parts}.items()}
     return {**l0, **{f"mean_{name}": f.mean().item() if f.numel() else 0.0 for name, f in parts.items()}}
 
-# %% ../nbs/00_dfc.ipynb #c9fc7c53
+# %% ../nbs/00_dfc.ipynb #cf9159df
 def partition_violation(model):
     "Largest forbidden weight of encoder and decoder; exactly 0.0 in a sound model."
     worst = lambda w, mask: (w * (1 - mask)).abs().max().item()
     return {"enc_max_violation": worst(model.W_enc, model.enc_mask[:, None, :]), "dec_max_violation": worst(model.W_dec, model.dec_mask[:, :, None])}
 
-DFCCrossCoder.feature_stats = lambda self, features: feature_stats(features, self.n_a, self.n_b)
+DFCCrossCoder.feature_stats = lambda self, features: feature_stats(features, (self.n_a, self.n_b))
 DFCCrossCoder.verify_partition_integrity = partition_violation
 
 # %% ../nbs/00_dfc.ipynb #bf4e3bca

@@ -264,7 +264,7 @@ def forward(self: CrossCoder, x): # -> reconstruction like `x`, features (batch,
     codes = self.codes(self.normalizer(self.flat(x)))
     return self._raw(self.reconstruct(codes)), codes.dense()
 
-# %% ../nbs/01_model.ipynb #0793e3f8
+# %% ../nbs/01_model.ipynb #fa8d1066
 @patch
 def directions(self: CrossCoder,
                m: int # which model, 0 is A
@@ -278,7 +278,7 @@ def feature_stats(self: CrossCoder,
                   features: Tensor # (batch, dict_size)
                  ) -> dict:
     "The card's keys: `l0_total`, `l0_a_excl`, …, `mean_shared`; an empty partition has 0."
-    return dfc.feature_stats(features, self.n_a, self.n_b)
+    return dfc.feature_stats(features, self.partition.sizes)
 
 @patch
 def verify_partition_integrity(self: CrossCoder) -> dict:
