@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHERE', 'Rows', 'ActivationStore', 'StorePart', 'extract']
 
-# %% ../nbs/05_activations.ipynb #dd3fca39
+# %% ../nbs/05_activations.ipynb #2175ed02
 import hashlib
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .model import remove_leftovers, write_atomic
 from .pairs import ModelPair
@@ -342,14 +342,16 @@ def _write_shard(w, pair, layer, tokens, max_norm, kept, seen, digest, total, ra
     w.manifest["counts"] = dict(total)
     w.add([a.bfloat16() for a in x], {**where, "text": where["text"] + first}, [k[0] for k in kept], seen=seen, seen_sha256=digest)
 
-# %% ../nbs/05_activations.ipynb #b60d4f51
+# %% ../nbs/05_activations.ipynb #0cfa23c9
 @patch
 def __repr__(self: ActivationStore):
+    "Rows, widths, layer and models."
     s, state = self.manifest["settings"], "" if self.manifest["complete"] else ", not finished"
     what = f"layer {s['layer']} of {' and '.join(s['pair']['names'])}" if s["from"] == "models" else "tensors"
     return f"ActivationStore({self.path.name}: {len(self)} rows × {' + '.join(map(str, self.d_in))} channels, {what}{state})"
 
 @patch
 def _repr_html_(self: ActivationStore):
+    "The same, with everything that was counted."
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td style='text-align:right'>{v:,}</td></tr>" for k, v in self.manifest["counts"].items())
     return f"<p>{escape(repr(self))}</p><table>{cells}</table>"

@@ -6,7 +6,7 @@
 __all__ = ['Firings', 'firings', 'cohens_d', 'auroc', 'feature_table', 'example_text', 'Piece', 'around', 'printable', 'headline',
            'describe_features', 'shade', 'save_table', 'load_table']
 
-# %% ../nbs/08_analysis.ipynb #a6e963a8
+# %% ../nbs/08_analysis.ipynb #2e1c2f06
 import io
 import json
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .model import write_atomic
 from .sparse import BadInput

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Explained', 'evaluate']
 
-# %% ../nbs/07_evaluation.ipynb #c35ab963
+# %% ../nbs/07_evaluation.ipynb #535e5dda
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .model import CrossCoder
 from .sparse import BadInput

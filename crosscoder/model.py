@@ -149,35 +149,42 @@ class CrossCoder(nn.Module):
         "Set every forbidden weight to 0."
         for f, c in self.partition.forbidden: self.encoder[f, c], self.decoder[f, c] = 0, 0
 
-# %% ../nbs/01_model.ipynb #f45c5d0f
+# %% ../nbs/01_model.ipynb #9b7e7f7f
 def _views(flat, d_in, last): # flat (..., Σd) as the card has it, the models' axis last or first
     if len(set(d_in)) > 1: return tuple(t.T if last else t for t in flat.split(d_in, -1))
     t = flat.unflatten(-1, (len(d_in), d_in[0]))
     return t.permute(1, 2, 0) if last else t
 
 @patch(as_prop=True)
-def W_enc(self: CrossCoder): return _views(self.encoder, self.d_in, last=True)    # (M, d, F), or a tuple of (d_m, F)
-@patch(as_prop=True)
-def b_enc(self: CrossCoder): return self.encoder_bias                             # (F,)
-@patch(as_prop=True)
-def W_dec(self: CrossCoder): return _views(self.decoder, self.d_in, last=False)   # (F, M, d), or a tuple of (F, d_m)
-@patch(as_prop=True)
-def b_dec(self: CrossCoder): return _views(self.decoder_bias, self.d_in, last=False) # (M, d), or a tuple of (d_m,)
+def W_enc(self: CrossCoder):
+    "Encoder, (M, d, F), or a tuple of (d_m, F)."
+    return _views(self.encoder, self.d_in, last=True)
 
-# %% ../nbs/01_model.ipynb #14e83efb
 @patch(as_prop=True)
-def n_a(self: CrossCoder): return self.partition.sizes[0]     # features of model A alone
+def b_enc(self: CrossCoder):
+    "Encoder's bias, (F,)."
+    return self.encoder_bias
+
 @patch(as_prop=True)
-def n_b(self: CrossCoder): return self.partition.sizes[1]     # features of model B alone
+def W_dec(self: CrossCoder):
+    "Decoder, (F, M, d), or a tuple of (F, d_m)."
+    return _views(self.decoder, self.d_in, last=False)
+
 @patch(as_prop=True)
-def n_shared(self: CrossCoder): return self.dict_size - sum(self.partition.sizes)
-@patch(as_prop=True)
-def a_end(self: CrossCoder): return self.n_a                  # A's features are 0:a_end
-@patch(as_prop=True)
-def b_end(self: CrossCoder): return self.n_a + self.n_b       # B's features are a_end:b_end
+def b_dec(self: CrossCoder):
+    "Decoder's bias, (M, d), or a tuple of (d_m,)."
+    return _views(self.decoder_bias, self.d_in, last=False)
+
+# %% ../nbs/01_model.ipynb #40e6062d
+CrossCoder.n_a = property(lambda self: self.partition.sizes[0], doc="Features of model A alone.")
+CrossCoder.n_b = property(lambda self: self.partition.sizes[1], doc="Features of model B alone.")
+CrossCoder.n_shared = property(lambda self: self.dict_size - sum(self.partition.sizes), doc="Features of all models.")
+CrossCoder.a_end = CrossCoder.n_a
+CrossCoder.b_end = property(lambda self: self.n_a + self.n_b, doc="One past B's last feature.")
 
 @patch
 def __repr__(self: CrossCoder):
+    "Sizes, partition, activation function and normalizer."
     parts = " | ".join(f"{s.stop - s.start} {name}" for name, s in self.partition.features.items())
     return (f"CrossCoder({' + '.join(map(str, self.d_in))} channels, {self.dict_size} features ({parts}), {self.activation}"
             f"{'' if self.activation == 'relu' else f' k={self.k}'}, normalizer {self.normalizer.kind}"

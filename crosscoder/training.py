@@ -6,7 +6,7 @@
 __all__ = ['sparsity', 'dead_layout', 'TrainConfig', 'Batches', 'Trainer', 'Callback', 'Progress', 'History', 'Checkpoint',
            'WandB', 'update_config', 'train']
 
-# %% ../nbs/06_training.ipynb #59530a57
+# %% ../nbs/06_training.ipynb #53dfb22f
 import json
 import os
 import shutil
@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .activations import _same
 from .model import CrossCoder, _fill, _open, remove_leftovers, write_atomic

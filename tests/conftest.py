@@ -58,6 +58,7 @@ def files(tmp_path_factory):
             "language_score": 0.9, "token_count": 9} for i in range(60)]
     tools = [{"instruction": f"tool {words(8)}", "input": f"<user> {words(6)} </user>", "output": f"<think> {words(5)} </think> <tool_call> {words(4)} </tool_call>"}
              for _ in range(20)]
+    web[7]["text"] += ' <script>document.title = "taken over"</script> <img src=x onerror="document.title=1"> </style> \x1b[31m'
     for name, rows in {"fineweb": web, "toolrl": tools}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return root

@@ -1,5 +1,8 @@
 "Whole runs through the installed command, on a tiny pair and local files."
 import json
+import re
+import shutil
+import subprocess
 
 import pandas as pd
 import pytest
@@ -81,6 +84,18 @@ def test_copies_of_a_text_stay_together(run):
     store = ActivationStore(out / "activations")
     parts = [set(p.texts.text[p.rows.text.unique()]) for p in store.split()]
     assert len(store.texts) > store.texts.text.nunique() and not parts[0] & parts[1]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_page_in_a_browser(run, tmp_path):
+    "The page opens without a network, shows its figures, and a hostile text stays a text."
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    done = subprocess.run(["chromium", *flags.split(), f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{run[0]}/report.html"],
+                          capture_output=True, text=True, timeout=100, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
+    assert "taken over" not in title and "<script" not in done.stdout and " onerror=" not in re.sub(r"&lt;img.*?&gt;", "", done.stdout)
+    assert done.stdout.count("<svg") + done.stdout.count("<img") >= 3 and "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", done.stdout.split("<body")[0])
+    assert "A partition is a hypothesis, not evidence" in done.stdout
 
 
 def test_help_teaches():
