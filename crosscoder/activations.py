@@ -277,7 +277,7 @@ def _skip(texts, manifest, path): # step over the texts of finished shards, comp
         if h.hexdigest() != s["seen_sha256"]:
             raise BadInput(f"the store {path} was made from other texts (they differ within shard {s['name']}). Give the same texts to go on with it, or another folder")
 
-# %% ../nbs/05_activations.ipynb #4916cf6f
+# %% ../nbs/05_activations.ipynb #e55f717e
 def _gather(texts, tokenizer, tokens, max_tokens, shard_rows): # -> kept texts of one shard, counts, number seen, their hash
     counts, kept, rows, seen, h = Counter(), [], 0, 0, hashlib.sha256()
     special = set(tokenizer.all_special_ids)
@@ -290,6 +290,7 @@ def _gather(texts, tokenizer, tokens, max_tokens, shard_rows): # -> kept texts o
     counts["tokens read"] = sum(len(k[1]) for k in kept)
     return kept, counts, seen, h.hexdigest()
 
+# %% ../nbs/05_activations.ipynb #897189f9
 def _norm_limits(x, median, max_norm): # rows to keep, per-model medians (from the first shard)
     norms = [a.norm(dim=1) for a in x]
     median = median or [n.median().item() for n in norms]

@@ -6,7 +6,8 @@
 __all__ = ['sparsity', 'dead_layout', 'TrainConfig', 'Batches', 'Trainer', 'Callback', 'Progress', 'History', 'Checkpoint',
            'WandB', 'update_config', 'train']
 
-# %% ../nbs/06_training.ipynb #53dfb22f
+# %% ../nbs/06_training.ipynb #813b4a0e
+import hashlib
 import json
 import os
 import shutil
@@ -257,7 +258,7 @@ class WandB(Callback):
     def end(self, trainer):
         if self.run: self.run.finish()
 
-# %% ../nbs/06_training.ipynb #b9a349fa
+# %% ../nbs/06_training.ipynb #8934c09b
 def update_config(out,       # folder of a run
                   **sections # dictionaries of settings
                  ) -> dict:
@@ -273,9 +274,9 @@ def update_config(out,       # folder of a run
 
 def _describe_data(store): # what the training rows are, for comparing
     m = store.manifest
-    digest = [s["sha256"][:12] for s in m["shards"]]
     index = getattr(store, "index", None)
-    return {"rows": len(store), "index_sum": int(index.sum()) if index is not None else None, "shards": digest, "settings": m["settings"]}
+    return {"rows": len(store), "index": None if index is None else hashlib.sha256(index.numpy().tobytes()).hexdigest()[:12],
+            "shards": [s["sha256"][:12] for s in m["shards"]], "settings": m["settings"]}
 
 # %% ../nbs/06_training.ipynb #8e35e0f5
 def train(cc: CrossCoder,             # trained in place
