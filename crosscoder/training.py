@@ -45,7 +45,7 @@ def dead_layout(pre: Tensor,  # (n, n_features) pre-activations
     found = select_topk(pre[:, dead], min(k, len(dead)))
     return Layout(dead[found.indices], found.offsets, pre.shape[1])
 
-# %% ../nbs/06_training.ipynb #5f9dcce8
+# %% ../nbs/06_training.ipynb #465e0df2
 @dataclass
 class TrainConfig:
     "Settings of a training run."
@@ -61,12 +61,13 @@ class TrainConfig:
     clip: float = 1.0                     # largest norm of the gradient
     seed: int = 0                         # of the order of the batches
     log_every: int = 10                   # steps between lines of metrics.jsonl
-    checkpoint_every: int = 100           # steps between checkpoints
+    checkpoint_every: int = 50            # steps between checkpoints: what a kill can cost
 
     @classmethod
     def card(cls, **changes): # the published card's recipe
         "9000 steps of 1024 at a constant 1e-4, L1 of 1e-3 on shared features, no auxiliary loss."
-        return cls(**{"steps": 9000, "batch_size": 1024, "lr": 1e-4, "warmup": 0, "decay": 0.0, "sparsity_coef": 1e-3, "aux_coef": 0.0, **changes})
+        return cls(**{"steps": 9000, "batch_size": 1024, "lr": 1e-4, "warmup": 0, "decay": 0.0, "sparsity_coef": 1e-3, "aux_coef": 0.0,
+                      "checkpoint_every": 500, **changes})
 
     def __post_init__(self):
         for f in fields(self):
