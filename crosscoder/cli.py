@@ -138,7 +138,12 @@ def load_mix(c: TextConfig, tokenizer):
     from crosscoder.texts import load_texts, mix
     return mix([load_texts(spec, tokenizer=tokenizer, column=c.column) for spec in c.texts], seed=0 if c.shuffle else None)
 
-# %% ../nbs/13_cli.ipynb #7dd09baa
+# %% ../nbs/13_cli.ipynb #f3d2ba96
+def _forget(run, *sections): # settings of a stage that has left nothing yet
+    path = Path(run) / "config.json"
+    if path.exists(): write_atomic(path, json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in sections}, indent=1))
+
+# %% ../nbs/13_cli.ipynb #8742fb83
 def do_extract(run, s): # -> the store
     "Activations of both models into `run/activations`."
     from crosscoder.activations import extract
@@ -146,6 +151,7 @@ def do_extract(run, s): # -> the store
     pair, middle = load_pair(pair_config)
     c.layer = middle if c.layer is None else c.layer
     texts = load_mix(text_config, pair.tokenizer)
+    if not (Path(run) / "activations/manifest.json").exists(): _forget(run, "pair", "texts", "activations")
     update_config(run, pair={**asdict(pair_config), "names": pair.names}, texts=asdict(text_config), activations=asdict(c))
     store = extract(pair, texts, Path(run) / "activations", **asdict(c))
     counts = texts.counts.reset_index().to_dict("records")
@@ -173,13 +179,15 @@ def _exclusive(text): # "0.05,0.05" or "12,12" -> numbers
     try: return tuple(float(p) if "." in p or "e" in p else int(p) for p in text.split(","))
     except ValueError: raise BadInput(f"exclusive is {text!r}: expected a fraction or a count for each model, as in 0.05,0.05 or 230,230") from None
 
-# %% ../nbs/13_cli.ipynb #4af23bdf
+# %% ../nbs/13_cli.ipynb #0dc9bebe
 def do_train(run, s, wandb=True): # -> the crosscoder
     "Train on the run's training part."
+    if not any((Path(run) / f).exists() for f in ("model.safetensors", "checkpoint")): _forget(run, "split", "model", "train", "data")
     update_config(run, split=asdict(_make(SplitConfig, s)))
     store, train_part, _ = open_parts(run)
     m = _make(ModelConfig, s)
     cc = CrossCoder(store.d_in, m.dict_size, m.k, _exclusive(m.exclusive), m.activation, m.normalizer, m.init_seed)
+    cc.info = {"wandb_project": s["project"] if wandb else None}
     if device := _device(s): cc.to(device)
     callbacks = [WandB(s["project"], run, Path(run).name)] if wandb and not (Path(run) / "model.safetensors").exists() else []
     cc, _ = train(cc, train_part, _make(TrainConfig, s), out=run, callbacks=callbacks)

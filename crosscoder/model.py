@@ -368,7 +368,7 @@ def _load_own(path): # a CrossCoder from our model.safetensors
     cc.info = saved["info"]
     return cc
 
-# %% ../nbs/01_model.ipynb #71eacffd
+# %% ../nbs/01_model.ipynb #0e3c2073
 @patch
 def _as_card(self: CrossCoder): # the plain dense model of a published folder
     if len(set(self.d_in)) > 1 or len(self.d_in) != 2:
@@ -386,13 +386,13 @@ def hparams(self: CrossCoder) -> dict:
     "The card's `hparams.json`, from the partition and from what training left in `info`; what is not known is null."
     train = self.info.get("train", {})
     pct = [n / self.dict_size for n in self.partition.sizes]
-    keys = ("steps", "lr", "batch_size", "sparsity_coef", "exclusive_sparsity_coef", "wandb_project")
-    steps, lr, batch, l1, l1_exclusive, project = (train.get(key) for key in keys)
+    keys = ("steps", "lr", "batch_size", "sparsity_coef", "exclusive_sparsity_coef")
+    steps, lr, batch, l1, l1_exclusive = (train.get(key) for key in keys)
     names = self.info.get("models", [None, None])
     return {"architecture": "DFC" if sum(self.partition.sizes) else "CrossCoder", "model_a": names[0], "model_b": names[1],
             "layer": self.info.get("layer"), "activation_dim": self.d_in[0], "dict_size": self.dict_size, "k": self.k,
             "model_a_exclusive_pct": round(pct[0], 4), "model_b_exclusive_pct": round(pct[1], 4), "steps": steps, "lr": lr, "train_batch": batch,
-            "sparsity_coef": l1, "exclusive_sparsity_coef": l1_exclusive, "loss": "MSE + L1 sparsity" if l1 else "MSE", "wandb_project": project,
+            "sparsity_coef": l1, "exclusive_sparsity_coef": l1_exclusive, "loss": "MSE + L1 sparsity" if l1 else "MSE", "wandb_project": self.info.get("wandb_project"),
             "trained_at": self.info.get("trained_at"), "activation": self.activation, "normalizer": f"{self.normalizer.kind}, folded into the weights"}
 
 # %% ../nbs/01_model.ipynb #52fa6886

@@ -77,6 +77,16 @@ def test_card_preset(models, files, tmp_path):
     cc.save(tmp_path / "published", format="card")
     hparams = json.loads((tmp_path / "published" / "hparams.json").read_text())
     assert (hparams["architecture"], hparams["layer"], hparams["train_batch"], hparams["loss"]) == ("CrossCoder", 1, 1024, "MSE + L1 sparsity")
+    assert hparams["wandb_project"] == "dfc-crosscoder-sweep"
+
+
+def test_a_corrected_command_works_in_the_same_folder(models, files, tmp_path):
+    "What was refused before it left anything binds nobody."
+    pair = ["--out", tmp_path / "r", "--model-a", models[0], "--model-b", models[1], "--texts", f"{files}/fineweb.jsonl*20", "--layer", 1]
+    assert cli("extract", *pair, "--column", "body").returncode == 2
+    assert cli("extract", *pair).returncode == 0
+    again = cli("extract", *pair, "--max-tokens", 9)  # now there is something, and it does bind
+    assert again.returncode == 2 and "max_tokens = 512, and 9 is asked" in again.said
 
 
 def test_copies_of_a_text_stay_together(run):
