@@ -9,14 +9,15 @@ __all__ = []
 # %% ../nbs/14_package.ipynb #7b7dca5c
 from importlib import import_module
 
-# %% ../nbs/14_package.ipynb #ddacdede
+# %% ../nbs/14_package.ipynb #e6ae93f9
 _WHERE = {
     "sparse": ("BadInput",),
     "model": ("CrossCoder", "DFCCrossCoder"),
     "synthetic": ("PlantedPair", "planted_scores"),
     "pairs": ("ModelPair", "default_pair"),
     "texts": ("Text", "load_texts", "mix"),
-    "activations": ("ActivationStore", "extract"),
+    "activations": ("ActivationStore",),
+    "extraction": ("extract",),
     "training": ("TrainConfig", "Trainer", "train"),
     "evaluation": ("evaluate",),
     "analysis": ("feature_table",),

@@ -190,7 +190,7 @@ def __repr__(self: CrossCoder):
             f"{'' if self.activation == 'relu' else f' k={self.k}'}, normalizer {self.normalizer.kind}"
             f"{'' if self.normalizer.fitted else ', not fitted'})")
 
-# %% ../nbs/01_model.ipynb #ab296b6d
+# %% ../nbs/01_model.ipynb #00065aee
 @patch
 def flat(self: CrossCoder,
          x # raw activations: (batch, M, d), or a tuple of (batch, d_m)
@@ -202,7 +202,9 @@ def flat(self: CrossCoder,
         same = f"(batch, {len(self.d_in)}, {self.d_in[0]}), or " if len(set(self.d_in)) == 1 else ""
         raise BadInput(f"activations have the shape {tuple(x.shape) if isinstance(x, Tensor) else found}, "
                        f"expected {same}a tuple of {', '.join(f'(batch, {d})' for d in self.d_in)}")
-    return torch.cat(parts, 1).to(self.encoder.device, self.encoder.dtype)
+    device = self.encoder.device
+    if isinstance(x, Tensor) and x.dim() == 3: return x.flatten(1).to(device, self.encoder.dtype)
+    return torch.cat([p.to(device, non_blocking=True) for p in parts], 1).to(self.encoder.dtype)
 
 @patch
 def _chunks(self: CrossCoder, data, rows=16384): # a store or tensors -> iterator of flat raw chunks
@@ -218,15 +220,17 @@ def fit_normalizer(self: CrossCoder,
     self.normalizer.fit(partial(self._chunks, data))
     return self
 
-# %% ../nbs/01_model.ipynb #866d8a9e
+# %% ../nbs/01_model.ipynb #83a32a8b
 @patch
 def select(self: CrossCoder,
-           pre: Tensor # (batch, dict_size) pre-activations
+           pre: Tensor,        # (batch, dict_size) pre-activations
+           k: int | None = None # another number than the model's own
           ): # -> Layout
     "The active features of each sample."
-    if self.activation == "topk": return select_topk(pre, self.k)
+    k = k or self.k
+    if self.activation == "topk": return select_topk(pre, k)
     if self.activation == "relu": return select_above(pre)
-    return select_batch_topk(pre, self.k) if self.training or not self.threshold > 0 else select_above(pre, self.threshold)
+    return select_batch_topk(pre, k) if self.training or not self.threshold > 0 else select_above(pre, self.threshold)
 
 @patch
 def codes(self: CrossCoder,
