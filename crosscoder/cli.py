@@ -6,7 +6,8 @@
 __all__ = ['CONFIGS', 'PRESETS', 'app', 'Out', 'Preset', 'UseWandb', 'Project', 'RUN', 'PairConfig', 'TextConfig',
            'ExtractConfig', 'ModelConfig', 'SplitConfig', 'command', 'load_pair', 'load_mix', 'do_extract',
            'open_parts', 'read_config', 'do_train', 'do_evaluate', 'do_features', 'do_report', 'summary',
-           'diff_command', 'extract_command', 'train_command', 'evaluate_command', 'features_command', 'report_command']
+           'diff_command', 'extract_command', 'train_command', 'evaluate_command', 'features_command', 'report_command',
+           'bench_command']
 
 # %% ../nbs/13_cli.ipynb #dc0e00e9
 import gc
@@ -143,10 +144,10 @@ def _forget(run, *sections): # settings of a stage that has left nothing yet
     path = Path(run) / "config.json"
     if path.exists(): write_atomic(path, json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in sections}, indent=1))
 
-# %% ../nbs/13_cli.ipynb #8742fb83
+# %% ../nbs/13_cli.ipynb #c4abedf1
 def do_extract(run, s): # -> the store
     "Activations of both models into `run/activations`."
-    from crosscoder.activations import extract
+    from crosscoder.extraction import extract
     pair_config, text_config, c = (_make(cls, s) for cls in (PairConfig, TextConfig, ExtractConfig))
     pair, middle = load_pair(pair_config)
     c.layer = middle if c.layer is None else c.layer
@@ -316,3 +317,14 @@ def features_command(given, out: Out = RUN,
 def report_command(given, out: Out = RUN):
     "Write the page report.html from what the other stages left."
     print(f"Look at {Path(do_report(out)).resolve()}")
+
+# %% ../nbs/13_cli.ipynb #c44653a1
+@command("bench")
+def bench_command(given,
+                  out: Annotated[Path, typer.Option("--out", help="Folder for bench.json and the plots.")] = Path("runs/bench"),
+                  device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+                  quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute, to see that it works.")] = False,
+                  only: Annotated[str, typer.Option(help="Which measurements, as in step,floor,memory; all by default.", show_default=False)] = ""):
+    "Measure how fast training is on this machine, beside other projects' trainers where they are installed (pip install 'crosscoder\\[speed]')."
+    from crosscoder.bench import BenchConfig, run_bench
+    run_bench(out, (BenchConfig.quick if quick else BenchConfig)(device=device), [name for name in only.split(",") if name])

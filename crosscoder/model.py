@@ -190,7 +190,7 @@ def __repr__(self: CrossCoder):
             f"{'' if self.activation == 'relu' else f' k={self.k}'}, normalizer {self.normalizer.kind}"
             f"{'' if self.normalizer.fitted else ', not fitted'})")
 
-# %% ../nbs/01_model.ipynb #00065aee
+# %% ../nbs/01_model.ipynb #c2c300ce
 @patch
 def flat(self: CrossCoder,
          x # raw activations: (batch, M, d), or a tuple of (batch, d_m)
@@ -207,16 +207,16 @@ def flat(self: CrossCoder,
     return torch.cat([p.to(device, non_blocking=True) for p in parts], 1).to(self.encoder.dtype)
 
 @patch
-def _chunks(self: CrossCoder, data, rows=16384): # a store or tensors -> iterator of flat raw chunks
+def _chunks(self: CrossCoder, data, rows=4096, most=64): # a store or tensors -> iterator of flat raw chunks; of a large store `most`, spread evenly
     if not hasattr(data, "read"): yield from self.flat(data).split(rows)
-    else:
-        for i in range(0, len(data), rows): yield self.flat(data.read(i, min(i + rows, len(data))))
+    elif len(data) <= rows * most: yield from (self.flat(data.read(i, i + rows)) for i in range(0, len(data), rows))
+    else: yield from (self.flat(data.read(i, i + rows)) for i in torch.linspace(0, len(data) - rows, most, dtype=torch.float64).long().tolist())
 
 @patch
 def fit_normalizer(self: CrossCoder,
                    data # a store, or raw activations: (rows, M, d) or a tuple of (rows, d_m)
                   ):
-    "Fit the normalizer. `train` does it on the training part; until then it is the identity."
+    "Fit the normalizer, on at most 262,144 rows of a store, spread evenly. `train` does it on the training part; until then it is the identity."
     self.normalizer.fit(partial(self._chunks, data))
     return self
 

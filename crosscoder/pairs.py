@@ -351,12 +351,12 @@ def check_layer(
         counts = " and ".join(f"{name!r} has {n} blocks" for name, n in zip(self.names, self.n_layers))
         raise BadInput(f"There is no layer {layer} in this pair: {counts}. Valid layers are 0 to {last}.")
 
-# %% ../nbs/03_pairs.ipynb #aff515d2
+# %% ../nbs/03_pairs.ipynb #0a2c4a5c
 @patch
 def activations(
     self: ModelPair,
     input_ids: Tensor,  # (batch, tokens)
-    attention_mask: Tensor,  # (batch, tokens), 1 where a token is real; filling on either side
+    attention_mask: Tensor | None,  # (batch, tokens), 1 where a token is real, filling on either side; None: no filling, or on the right
     layer: int,  # index of a block, from 0: transformers' `hidden_states[layer + 1]`
 ) -> tuple:  # a tensor (batch, tokens, d_m) per model, on its device and in its number format
     "The output of block `layer` in each model, running no later block and no LM head; raises `BadInput`."
@@ -367,9 +367,11 @@ def activations(
         if limit and input_ids.shape[1] > limit:
             raise BadInput(f"A text has {input_ids.shape[1]} tokens; {name!r} reads at most {limit}. Cut it shorter.")
         device = model.get_input_embeddings().weight.device
-        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-        if "position_ids" in inspect.signature(model.forward).parameters:  # models without such places (ALiBi) read the mask
-            inputs["position_ids"] = _positions(inputs["attention_mask"])
+        inputs = {"input_ids": input_ids.to(device, non_blocking=input_ids.is_pinned())}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(device)
+            if "position_ids" in inspect.signature(model.forward).parameters:  # models without such places (ALiBi) read the mask
+                inputs["position_ids"] = _positions(inputs["attention_mask"])
         with torch.inference_mode():
             out.append(_block_output(model, blocks[layer], **inputs))
     return tuple(out)

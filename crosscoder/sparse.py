@@ -137,7 +137,7 @@ def dots(layout: Layout, # pattern of the codes
     else: found = torch.ops.aten._embedding_bag_per_sample_weights_backward(weight, x, rows, stretches, features, 0)
     return torch.empty_like(found).index_copy_(0, order, found)
 
-# %% ../nbs/00_sparse.ipynb #7b927e28
+# %% ../nbs/00_sparse.ipynb #6a6086b2
 def sum_by_feature(layout: Layout, # pattern of the codes
                    values: Tensor, # (nnz,) weight of each entry
                    x: Tensor,      # (n, d) one row per sample
@@ -149,6 +149,9 @@ def sum_by_feature(layout: Layout, # pattern of the codes
     order, stretches = layout.by_feature
     rows, values = layout.rows[order], values[order]
     if out is None: out = x.new_empty(layout.n_features, x.shape[1])
+    if features is not None: # rows that get nothing need not be touched
+        some = stretches.diff().nonzero().squeeze(1)
+        features, stretches = features[some], F.pad(stretches[some], (0, 1), value=len(rows))
     if not (kernels := _kernels(x)): _sum_in_chunks(rows, values, stretches, x, out, features)
     elif features is None: kernels.bag(x, rows, stretches, values, out=out)
     else: out[features] += kernels.bag(x, rows, stretches, values)

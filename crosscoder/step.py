@@ -146,10 +146,10 @@ def _accumulate(self: Trainer, layout, values, delta, g, z, features=None): # th
     put = lambda name, v, x: sum_by_feature(layout, v, x, out=self.grads[name].view(len(self.grads[name]), -1), features=features)
     put("decoder", values, g), put("encoder", delta, z), put("encoder_bias", delta, z.new_ones(len(z), 1))
 
-# %% ../nbs/06_step.ipynb #0e9f1710
+# %% ../nbs/06_step.ipynb #5f0cb47f
 @patch
-def _revive(self: Trainer, pre, dead, z, error): # the auxiliary loss, its gradient added
-    cc = self.cc
+def _revive(self: Trainer, pre, dead, z, error, every=4): # the auxiliary loss, its gradient added
+    cc, pre, z, error = self.cc, pre[::every], z[::every].contiguous(), error[::every].contiguous()
     among = dead_layout(pre, dead, max(1, cc.k // 2))
     codes = self._exact(pre, Layout(dead[among.indices], among.offsets, cc.dict_size), z)
     missing = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(error)         # what is left is -error
@@ -158,17 +158,18 @@ def _revive(self: Trainer, pre, dead, z, error): # the auxiliary loss, its gradi
     self._accumulate(among, codes.values, self._delta(codes, g), g, z, dead)
     return missing.square().mean() / power
 
-# %% ../nbs/06_step.ipynb #e3bd52e5
+# %% ../nbs/06_step.ipynb #6782a313
 @patch
 @torch.no_grad()
 def gradients(self: Trainer,
               z: Tensor # (batch, Σd) normalized
-             ) -> tuple: # loss and its terms by name, codes, error `reconstruction - z` (batch, Σd)
+             ) -> tuple: # loss and its terms by name, codes, squared error of each channel (Σd,)
     "Fill `grads` with the gradient of the loss on a batch."
     cc, c, split = self.cc, self.config, sum(self.cc.partition.sizes)
     pre, codes = self.encode(z)
     error = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(cc.decoder_bias).sub_(z)
-    terms = {"mse": error.square().mean(), "l1_shared": sparsity(codes, split, cc.dict_size), "l1_exclusive": sparsity(codes, 0, split)}
+    squares = error.square().sum(0)
+    terms = {"mse": squares.sum() / error.numel(), "l1_shared": sparsity(codes, split, cc.dict_size), "l1_exclusive": sparsity(codes, 0, split)}
     loss = terms["mse"] + c.sparsity_coef * terms["l1_shared"] + c.exclusive_sparsity_coef * terms["l1_exclusive"]
     g = error * (2 / error.numel())
     penalty = c.exclusive_sparsity_coef / (len(z) * max(split, 1)), c.sparsity_coef / (len(z) * max(cc.dict_size - split, 1))
@@ -179,7 +180,7 @@ def gradients(self: Trainer,
         terms["aux"] = self._revive(pre, dead, z, error)
         loss = loss + c.aux_coef * terms["aux"]
     for features, channels in cc.partition.forbidden: self.grads["encoder"][features, channels] = self.grads["decoder"][features, channels] = 0
-    return {"loss": loss, **terms}, codes, error
+    return {"loss": loss, **terms}, codes, squares
 
 # %% ../nbs/06_step.ipynb #557bb3bc
 class Metrics(Mapping):
@@ -199,13 +200,12 @@ class Metrics(Mapping):
     def __len__(self): return len(self._names)
     def __repr__(self): return repr(self._floats)
 
-# %% ../nbs/06_step.ipynb #b35c8a23
+# %% ../nbs/06_step.ipynb #5e87b54f
 @patch
-def _metrics(self: Trainer, terms, codes, error, z): # -> Metrics
-    scale, numbers = self.cc.normalizer.scale, dict(terms)
-    for name, c in zip("abcdefgh", self.cc.partition.channels):
-        left, spread = ((v[:, c].square().sum(0) * scale[c].square()).sum() for v in (error, z - z.mean(0)))
-        numbers[f"fve_{name}"] = 1 - left / spread
+def _metrics(self: Trainer, terms, codes, squares, z): # -> Metrics
+    raw, numbers = self.cc.normalizer.scale.square(), dict(terms)
+    left, spread = squares * raw, (z - z.mean(0)).square_().sum(0) * raw
+    for name, c in zip("abcdefgh", self.cc.partition.channels): numbers[f"fve_{name}"] = 1 - left[c].sum() / spread[c].sum()
     numbers |= {"l0": (codes.values > 0).sum() / len(z), "dead": self.dead.float().mean()}
     return Metrics(numbers, self.step_number, self.config.lr)
 
@@ -218,7 +218,7 @@ def _remember(self: Trainer, codes, n): # who fired; batch top-k's threshold, a 
         least, t = codes.values.where(on, torch.inf).min(), self.cc.threshold
         t.copy_(torch.where(least.isinf(), t, least if self.step_number == 0 else t + 0.05 * (least - t)))
 
-# %% ../nbs/06_step.ipynb #332e0f44
+# %% ../nbs/06_step.ipynb #763968f8
 @patch
 @torch.no_grad()
 def step(self: Trainer,
@@ -227,8 +227,8 @@ def step(self: Trainer,
     "One whole step: forward, backward, clip, optimizer. On a CPU, NaN or Inf raise `BadInput` before anything is changed; on a GPU when the metrics are looked at."
     c, n = self.config, self.cc.normalizer
     z = torch.sub(self.cc.flat(x), n.shift).div_(n.scale)
-    terms, codes, error = self.gradients(z)
-    metrics = self._metrics(terms, codes, error, z)
+    terms, codes, squares = self.gradients(z)
+    metrics = self._metrics(terms, codes, squares, z)
     if not z.is_cuda: metrics["loss"]
     scale = (c.clip / (get_total_norm(list(self.grads.values())) + 1e-6)).clamp(max=1.)
     self.optimizer.step(self.grads, c.rate(self.step_number), scale, {"encoder": self.shadow} if self.shadow is not None else None)
