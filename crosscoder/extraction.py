@@ -117,12 +117,12 @@ def _to_host(x, wanted): # (batch, tokens, d_m), (rows,) -> (rows, d_m) bf16 bit
 def _events(devices): # what to wait for until everything launched so far is done
     return [torch.cuda.current_stream(d).record_event() for d in set(devices) if d.type == "cuda"]
 
-# %% ../nbs/05_extraction.ipynb #a497a60b
+# %% ../nbs/05_extraction.ipynb #7c13feeb
 @torch.inference_mode()
 def _run(pair, layer, shards, batch_tokens, bar): # one group -> for each kept text its padding and, per model, (bits, norms)
     kept = [k for s in shards for k in s.kept]
-    parts = [None] * len(kept)
-    for members, ids, wanted in _model_batches(kept, batch_tokens, pair.tokenizer.pad_token_id, any(d.type == "cuda" for d in pair.device)):
+    parts, pad, pin = [None] * len(kept), pair.tokenizer.pad_token_id or 0, any(d.type == "cuda" for d in pair.device)
+    for members, ids, wanted in _model_batches(kept, batch_tokens, pad, pin):
         out = [_to_host(x, wanted) for x in pair.activations(ids, None, layer)]
         stop = 0
         for i in members:

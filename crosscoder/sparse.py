@@ -137,7 +137,7 @@ def dots(layout: Layout, # pattern of the codes
     else: found = torch.ops.aten._embedding_bag_per_sample_weights_backward(weight, x, rows, stretches, features, 0)
     return torch.empty_like(found).index_copy_(0, order, found)
 
-# %% ../nbs/00_sparse.ipynb #6a6086b2
+# %% ../nbs/00_sparse.ipynb #e358dcf2
 def sum_by_feature(layout: Layout, # pattern of the codes
                    values: Tensor, # (nnz,) weight of each entry
                    x: Tensor,      # (n, d) one row per sample
@@ -158,12 +158,11 @@ def sum_by_feature(layout: Layout, # pattern of the codes
     for features, channels in forbidden: out[features, channels] = 0
     return out
 
-def _sum_in_chunks(rows, values, stretches, x, out, features=None, chunk_bytes=2**21):
-    n, size = len(stretches) - 1, max(1, chunk_bytes // (x.shape[1] * x.element_size()))
-    for i in range(0, n, size):
-        starts = stretches[i:i + size + 1]
-        a, b = int(starts[0]), int(starts[-1])
-        found = F.embedding_bag(rows[a:b], x, starts - a, mode="sum", per_sample_weights=values[a:b], include_last_offset=True)
+def _sum_in_chunks(rows, values, stretches, x, out, features=None, chunk_bytes=2**22):
+    size = max(1, chunk_bytes // (x.shape[1] * x.element_size()))
+    ends = stretches[::size].tolist() + [len(rows)]
+    for i, a, b in zip(range(0, len(stretches) - 1, size), ends, ends[1:]):
+        found = F.embedding_bag(rows[a:b], x, stretches[i:i + size + 1] - a, mode="sum", per_sample_weights=values[a:b], include_last_offset=True)
         if features is None: out[i:i + size] = found
         else: out[features[i:i + size]] += found
 
@@ -210,14 +209,15 @@ class _Encode(torch.autograd.Function):
         return (None, sum_by_sample(l, grad, weight) if needs[1] else None, sum_by_feature(l, grad, x, ctx.forbidden) if needs[2] else None,
                 grad.new_zeros(l.n_features).index_add_(0, l.indices, grad) if needs[3] else None, None, None)
 
-# %% ../nbs/00_sparse.ipynb #83e3c7a1
+# %% ../nbs/00_sparse.ipynb #2c7ba4fa
 @torch.no_grad()
 def pre_activations(x: Tensor,      # (n, d)
                     weight: Tensor, # (n_features, d)
-                    bias: Tensor    # (n_features,)
+                    bias: Tensor,   # (n_features,)
+                    out: Tensor | None = None # (n, n_features) where the result goes; made if left out
                    ) -> Tensor: # (n, n_features), without gradient
     "The encoder's dense product, which decides what is selected."
-    return torch.addmm(bias, x, weight.T)
+    return torch.addmm(bias, x, weight.T, out=out)
 
 # %% ../nbs/00_sparse.ipynb #5f6e932e
 def encode(x: Tensor,      # (n, d)

@@ -81,7 +81,7 @@ class TrainConfig:
         left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.lr * min(up, left, 1.0)
 
-# %% ../nbs/06_step.ipynb #13072d60
+# %% ../nbs/06_step.ipynb #652ee04f
 class Trainer:
     "One model, its optimizer, and what a step needs to remember."
     def __init__(self,
@@ -94,12 +94,16 @@ class Trainer:
         self.optimizer = Adam(self.weights, bits=self.config.adam_bits)
         self.silent = torch.zeros(cc.dict_size, dtype=torch.long, device=cc.encoder.device) # samples since each feature fired
         self.shadow = torch.empty_like(cc.encoder, dtype=torch.bfloat16) if self.config.precision == "bf16" else None
-        self._shadowed = None # version of the encoder that the shadow is a copy of
+        self._shadowed, self._kept = None, {} # version of the encoder that the shadow is a copy of; memory for what is as large as a batch
 
     @property
     def dead(self): return self.silent >= self.config.dead_after # (dict_size,) bool
 
-# %% ../nbs/06_step.ipynb #d0c834ee
+    def kept(self, name, *shape, dtype=torch.float32): # a tensor that is there again in the next step: fresh memory costs more than what is written to it
+        if name not in self._kept or self._kept[name].shape != shape: self._kept[name] = torch.empty(shape, dtype=dtype, device=self.silent.device)
+        return self._kept[name]
+
+# %% ../nbs/06_step.ipynb #576777b7
 @patch
 def encode(self: Trainer,
            z: Tensor # (batch, Σd) normalized
@@ -107,10 +111,10 @@ def encode(self: Trainer,
     "Selected features of a batch, without autograd."
     cc = self.cc
     if self.shadow is None:
-        pre = pre_activations(z, cc.encoder, cc.encoder_bias)
+        pre = pre_activations(z, cc.encoder, cc.encoder_bias, self.kept("pre", len(z), cc.dict_size))
         return pre, self._exact(pre, cc.select(pre), z)
     if self._shadowed != cc.encoder._version: self.shadow.copy_(cc.encoder)                 # somebody else wrote to it
-    pre = pre_activations(z.bfloat16(), self.shadow, cc.encoder_bias.bfloat16())
+    pre = pre_activations(z.bfloat16(), self.shadow, cc.encoder_bias.bfloat16(), self.kept("pre", len(z), cc.dict_size, dtype=torch.bfloat16))
     proposed = self._exact(pre, cc.select(pre, min(cc.k + max(1, cc.k // 8), cc.dict_size)), z)
     return pre, strongest(proposed, cc.k, cc.activation)
 
@@ -134,22 +138,27 @@ def strongest(codes: Codes,
     keep = values.topk(n * k, sorted=False).indices.sort().values
     return Codes(values[keep], Layout.of_rows(l.rows[keep], l.indices[keep], n, l.n_features))
 
-# %% ../nbs/06_step.ipynb #1154d514
+# %% ../nbs/06_step.ipynb #4316fa70
 @patch
 def _delta(self: Trainer, codes, g, penalty=(0., 0.)): # gradient of each pre-activation: entries' share of g, a constant for exclusive and shared ones, the ReLU
     delta, indices = dots(codes.layout, g, self.cc.decoder), codes.layout.indices
     if any(penalty): delta += torch.where(indices < sum(self.cc.partition.sizes), *penalty)
     return delta * (codes.values > 0)
 
+def _bound(layout, *pairs): # (values, norm of each sample's row): at most how long the sums over features are, all together
+    lengths = [sum_by_feature(layout, v.abs() * norm[layout.rows], norm.new_ones(len(norm), 1)) for v, norm in pairs]
+    return sum(l.square().sum() for l in lengths).sqrt()
+
 @patch
 def _accumulate(self: Trainer, layout, values, delta, g, z, features=None): # the sums over features; added to `features` if given
     put = lambda name, v, x: sum_by_feature(layout, v, x, out=self.grads[name].view(len(self.grads[name]), -1), features=features)
     put("decoder", values, g), put("encoder", delta, z), put("encoder_bias", delta, z.new_ones(len(z), 1))
+    if not z.is_cuda: self.bound += _bound(layout, (values, g.norm(dim=1)), (delta, (z.norm(dim=1).square() + 1).sqrt()))
 
-# %% ../nbs/06_step.ipynb #5f0cb47f
+# %% ../nbs/06_step.ipynb #3a9c00c2
 @patch
-def _revive(self: Trainer, pre, dead, z, error, every=4): # the auxiliary loss, its gradient added
-    cc, pre, z, error = self.cc, pre[::every], z[::every].contiguous(), error[::every].contiguous()
+def _revive(self: Trainer, pre, dead, z, g, every=4): # the auxiliary loss, its gradient added
+    cc, pre, z, error = self.cc, pre[::every], z[::every].contiguous(), g[::every] * (g.numel() / 2)
     among = dead_layout(pre, dead, max(1, cc.k // 2))
     codes = self._exact(pre, Layout(dead[among.indices], among.offsets, cc.dict_size), z)
     missing = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(error)         # what is left is -error
@@ -158,7 +167,7 @@ def _revive(self: Trainer, pre, dead, z, error, every=4): # the auxiliary loss, 
     self._accumulate(among, codes.values, self._delta(codes, g), g, z, dead)
     return missing.square().mean() / power
 
-# %% ../nbs/06_step.ipynb #6782a313
+# %% ../nbs/06_step.ipynb #988954ba
 @patch
 @torch.no_grad()
 def gradients(self: Trainer,
@@ -168,16 +177,17 @@ def gradients(self: Trainer,
     cc, c, split = self.cc, self.config, sum(self.cc.partition.sizes)
     pre, codes = self.encode(z)
     error = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(cc.decoder_bias).sub_(z)
-    squares = error.square().sum(0)
+    squares = torch.square(error, out=self.kept("scratch", *z.shape)).sum(0)
     terms = {"mse": squares.sum() / error.numel(), "l1_shared": sparsity(codes, split, cc.dict_size), "l1_exclusive": sparsity(codes, 0, split)}
     loss = terms["mse"] + c.sparsity_coef * terms["l1_shared"] + c.exclusive_sparsity_coef * terms["l1_exclusive"]
-    g = error * (2 / error.numel())
+    g = error.mul_(2 / error.numel())
     penalty = c.exclusive_sparsity_coef / (len(z) * max(split, 1)), c.sparsity_coef / (len(z) * max(cc.dict_size - split, 1))
+    self.bound = 0.
     self._accumulate(codes.layout, codes.values, self._delta(codes, g, penalty), g, z)
-    torch.sum(g, 0, out=self.grads["decoder_bias"])
+    self.bound += torch.sum(g, 0, out=self.grads["decoder_bias"]).norm()
     dead = self.dead.nonzero().squeeze(1) if c.aux_coef else ()
     if len(dead):
-        terms["aux"] = self._revive(pre, dead, z, error)
+        terms["aux"] = self._revive(pre, dead, z, g)
         loss = loss + c.aux_coef * terms["aux"]
     for features, channels in cc.partition.forbidden: self.grads["encoder"][features, channels] = self.grads["decoder"][features, channels] = 0
     return {"loss": loss, **terms}, codes, squares
@@ -200,11 +210,11 @@ class Metrics(Mapping):
     def __len__(self): return len(self._names)
     def __repr__(self): return repr(self._floats)
 
-# %% ../nbs/06_step.ipynb #5e87b54f
+# %% ../nbs/06_step.ipynb #27309730
 @patch
 def _metrics(self: Trainer, terms, codes, squares, z): # -> Metrics
     raw, numbers = self.cc.normalizer.scale.square(), dict(terms)
-    left, spread = squares * raw, (z - z.mean(0)).square_().sum(0) * raw
+    left, spread = squares * raw, torch.sub(z, z.mean(0), out=self.kept("scratch", *z.shape)).square_().sum(0) * raw
     for name, c in zip("abcdefgh", self.cc.partition.channels): numbers[f"fve_{name}"] = 1 - left[c].sum() / spread[c].sum()
     numbers |= {"l0": (codes.values > 0).sum() / len(z), "dead": self.dead.float().mean()}
     return Metrics(numbers, self.step_number, self.config.lr)
@@ -218,7 +228,13 @@ def _remember(self: Trainer, codes, n): # who fired; batch top-k's threshold, a 
         least, t = codes.values.where(on, torch.inf).min(), self.cc.threshold
         t.copy_(torch.where(least.isinf(), t, least if self.step_number == 0 else t + 0.05 * (least - t)))
 
-# %% ../nbs/06_step.ipynb #763968f8
+# %% ../nbs/06_step.ipynb #06438d4b
+@patch
+def _clipping(self: Trainer): # what the gradient is multiplied with, 0-d; None for nothing
+    if not self.silent.is_cuda and self.bound <= self.config.clip: return None
+    return (self.config.clip / (get_total_norm(list(self.grads.values())) + 1e-6)).clamp(max=1.)
+
+# %% ../nbs/06_step.ipynb #72c0adec
 @patch
 @torch.no_grad()
 def step(self: Trainer,
@@ -226,12 +242,12 @@ def step(self: Trainer,
         ) -> Metrics: # loss and its terms, fve_a, fve_b, l0, dead
     "One whole step: forward, backward, clip, optimizer. On a CPU, NaN or Inf raise `BadInput` before anything is changed; on a GPU when the metrics are looked at."
     c, n = self.config, self.cc.normalizer
-    z = torch.sub(self.cc.flat(x), n.shift).div_(n.scale)
+    x = self.cc.flat(x)
+    z = torch.sub(x, n.shift, out=self.kept("z", *x.shape)).div_(n.scale)
     terms, codes, squares = self.gradients(z)
     metrics = self._metrics(terms, codes, squares, z)
     if not z.is_cuda: metrics["loss"]
-    scale = (c.clip / (get_total_norm(list(self.grads.values())) + 1e-6)).clamp(max=1.)
-    self.optimizer.step(self.grads, c.rate(self.step_number), scale, {"encoder": self.shadow} if self.shadow is not None else None)
+    self.optimizer.step(self.grads, c.rate(self.step_number), self._clipping(), {"encoder": self.shadow} if self.shadow is not None else None)
     self._shadowed = self.cc.encoder._version
     self._remember(codes, len(z))
     self.step_number += 1
