@@ -77,13 +77,13 @@ def floor_parts(cfg: BenchConfig) -> dict: # name -> (plain call, ours or None)
              transposed, transposed, (adam.step, None)]
     return dict(zip(counts(cfg).index, calls))
 
-# %% ../nbs/12_bench.ipynb #d96b5e4b
+# %% ../nbs/12_bench.ipynb #e769674d
 def floor(cfg: BenchConfig
          ) -> pd.DataFrame: # a row a part, then their sum and our step: torch, ours (medians); median, min, max, n, times; ratio to the sum
     "The parts of a step alone, their sum, and our whole step, all in the same rounds; milliseconds."
     parts, fns = floor_parts(cfg), build({OURS: Ours}, cfg, noise(cfg))[0]
     for name, (plain, own) in parts.items(): fns |= {f"{name}|torch": plain} | ({f"{name}|ours": own} if own else {})
-    t = measure(fns, cfg.repeats, progress=cfg.progress)
+    t = measure(fns, 2, 0, -(-cfg.repeats // 2), progress=cfg.progress)
     rows = {}
     for name in parts:
         two = [f"{name}|{way}" for way in ("torch", "ours")]
@@ -111,7 +111,7 @@ def in_child(function: str, # name of a function of this module
     if done.returncode: raise RuntimeError((done.stderr.strip() or f"ended by signal {-done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/12_bench.ipynb #9abe4654
+# %% ../nbs/12_bench.ipynb #46be44a7
 def lifetime(cfg: dict,  # fields of a `BenchConfig`
              name: str   # of a rival
             ) -> dict:   # times in milliseconds; start and peak in bytes
@@ -119,7 +119,7 @@ def lifetime(cfg: dict,  # fields of a `BenchConfig`
     cfg = BenchConfig(**cfg)
     x, start = noise(cfg), _peak(cfg.device)
     rival = rivals()[name](cfg)
-    table = measure({name: lambda: rival.step(x)}, cfg.repeats, device=cfg.device, progress=False)
+    table = measure({name: lambda: rival.step(x)}, 1, 0, cfg.repeats, device=cfg.device, progress=False)
     if table.attrs["notes"]: raise RuntimeError(table.attrs["notes"][0])
     return {"times": table.times[name], "start": start, "peak": _peak(cfg.device)}
 

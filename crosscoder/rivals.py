@@ -28,7 +28,7 @@ from .dfc import DFCCrossCoder
 from .model import CrossCoder
 from .step import TrainConfig, Trainer
 
-# %% ../nbs/11_rivals.ipynb #2c6b0557
+# %% ../nbs/11_rivals.ipynb #a7b16855
 @dataclass(frozen=True)
 class BenchConfig:
     "Sizes of one measurement. The defaults are the published card's."
@@ -39,7 +39,7 @@ class BenchConfig:
     lr: float = 1e-4         # learning rate of Adam
     l1: float = 1e-3         # weight of the L1
     clip: float = 1.0        # largest norm of the gradient
-    repeats: int = 5         # measured steps, after one that is not
+    repeats: int = 6         # measurements of each kind; of steps, two rounds of half as many in a row
     device: str = "cpu"      # or cuda
     seed: int = 0            # of weights and data
     small: bool = False      # the other measurements short as well
@@ -77,10 +77,11 @@ def timed(f,           # a call
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 20
 
-# %% ../nbs/11_rivals.ipynb #58bad5af
+# %% ../nbs/11_rivals.ipynb #e4cb273d
 def measure(fns: dict,         # name -> call
             repeats: int = 5,  # rounds that count
             warmup: int = 1,   # rounds before that
+            at_a_time: int = 1, # calls in a row that count; if more than one, there is one before them that does not
             ours: str | None = None, # name that the ratios are to
             device="cpu",      # where the calls compute
             progress: bool = True    # show a bar where it takes over two seconds
@@ -90,9 +91,11 @@ def measure(fns: dict,         # name -> call
     with tqdm(total=(repeats + warmup) * len(fns), desc="timing", delay=2, leave=False, disable=not progress) as bar:
         for i in range(repeats + warmup):
             for name in [n for n in fns if times[n] is not None]:
-                try: t = timed(fns[name], device)
+                try:
+                    if at_a_time > 1: fns[name]()
+                    t = [timed(fns[name], device) for _ in range(at_a_time)]
                 except Exception as e: times[name], _ = None, notes.append(failed(name, e))
-                else: times[name] += [t] if i >= warmup else []
+                else: times[name] += t if i >= warmup else []
                 bar.update()
     return as_table(times, ours, notes)
 
@@ -258,7 +261,7 @@ def free_memory(device): # bytes
     info = Path("/proc/meminfo")
     return 1024 * int(info.read_text().split("MemAvailable:")[1].split()[0]) if info.exists() else 16 * 2**30
 
-# %% ../nbs/11_rivals.ipynb #2bc0e3c1
+# %% ../nbs/11_rivals.ipynb #fdee2c78
 def race(factories: dict,    # name -> factory
          cfg: BenchConfig,
          ours: str,          # name of the one that all are compared with
@@ -271,7 +274,7 @@ def race(factories: dict,    # name -> factory
     tables, notes = [], []
     for i in range(0, max(len(others), 1), fit):
         fns, missing = build({n: factories[n] for n in (*others[i:i + fit], ours)}, cfg, x)
-        tables.append(measure(fns, cfg.repeats, ours=ours, device=cfg.device, progress=cfg.progress))
+        tables.append(measure(fns, 2, 0, -(-cfg.repeats // 2), ours=ours, device=cfg.device, progress=cfg.progress))
         notes += [*missing, *tables[-1].attrs["notes"]]
         del fns
         gc.collect()

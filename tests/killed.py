@@ -2,8 +2,10 @@
 
     python killed.py extract|train OUT KILLS SEED [more]
 
-Forks from a process that has everything imported and has computed nothing, so a start costs milliseconds.
+Forks from a process that has everything imported and the models loaded, and has computed nothing, so a start costs milliseconds. Prints how often it killed, how many of the
+kills came when something, but not all, was on disk, and how long a start takes that finds nothing to do, and how long the last one before it took.
 """
+import json
 import os
 import random
 import signal
@@ -19,13 +21,14 @@ from crosscoder import ActivationStore, CrossCoder, ModelPair, TrainConfig, extr
 
 torch.set_num_threads(1)
 stage, out, kills, seed, more = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
+pair = ModelPair(*more) if stage == "extract" else None
 
 
 def work():
     if stage == "extract":
         rng = random.Random(0)
         texts = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) for _ in range(400)]
-        extract(ModelPair(*more), texts, out, layer=2, tokens="all", shard_rows=400, batch_tokens=400, progress=False)
+        extract(pair, texts, out, layer=2, tokens="all", shard_rows=200, batch_tokens=64, progress=False)
     else:
         part, _ = ActivationStore(more[0]).split()
         cc = CrossCoder(part.d_in, 128, 4, (0.1, 0.1))
@@ -55,9 +58,24 @@ def attempt(limit):
     return False
 
 
-rng, killed, seconds = random.Random(seed), 0, float(os.environ.get("WHOLE", "4"))
+def halfway():
+    "Is a part of the result on disk?"
+    if stage == "train": return (out / "checkpoint" / "state.safetensors").exists()
+    manifest = out / "manifest.json"
+    return manifest.exists() and not json.loads(manifest.read_text())["complete"]
+
+
+def clock():
+    "Seconds that a start takes which is left alone."
+    start = time.monotonic()
+    attempt(None)
+    return time.monotonic() - start
+
+
+rng, killed, mid = random.Random(seed), 0, 0
+setup, whole = map(float, os.environ.get("SECONDS", "0 0").split())  # of a start that finds nothing to do, and of one that does everything
 while killed < kills:
-    if attempt(rng.uniform(0, 1.5 * seconds / kills)): break
-    killed += 1
-else: attempt(None)
-print(f"killed {killed} times")
+    if attempt(rng.uniform(0, setup + 3 * (whole - setup) / kills)): break
+    killed, mid = killed + 1, mid + halfway()
+whole = clock()
+print(f"killed {killed} times, {mid} of them halfway; {clock():.3f} {whole:.3f}")

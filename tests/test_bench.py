@@ -29,7 +29,7 @@ def test_every_timing_is_there(bench):
     table = rows(bench[2], "step")
     assert {"dense card", "crosscoder fp32", "crosscoder bf16"} <= set(table)
     for r in table.values():
-        assert r["n"] == len(r["times"]) == 5 and 0 < r["min"] <= r["median"] <= r["max"], r
+        assert r["n"] == len(r["times"]) >= 5 and 0 < r["min"] <= r["median"] <= r["max"], r
     assert table["crosscoder bf16"]["ratio"] == 1 and table["dense card"]["ratio"] > 1
     missing = [note for note in bench[2]["tables"]["step"]["notes"] if "failed" in note]
     assert not missing, missing  # a rival may be absent, and says how to get it, but may not crash
