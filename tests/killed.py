@@ -75,7 +75,8 @@ def clock():
 rng, killed, mid = random.Random(seed), 0, 0
 setup, whole = map(float, os.environ.get("SECONDS", "0 0").split())  # of a start that finds nothing to do, and of one that does everything
 while killed < kills:
-    if attempt(rng.uniform(0, setup + 3 * (whole - setup) / kills)): break
+    limit = setup + rng.uniform(0, 3 * (whole - setup) / kills) if killed % 2 else rng.uniform(0, setup)  # in the work; while it starts
+    if attempt(limit): break
     killed, mid = killed + 1, mid + halfway()
 whole = clock()
 print(f"killed {killed} times, {mid} of them halfway; {clock():.3f} {whole:.3f}")
