@@ -113,7 +113,7 @@ def _per_model(self: Normalizer, chunks, mean): # one number a model, from the m
     per_model = norms.median(0).values / (sum(self.d_in) / len(self.d_in))**0.5
     return torch.where(per_model > 0, per_model, 1.).repeat_interleave(torch.tensor(self.d_in, device=mean.device))
 
-# %% ../nbs/01_model.ipynb #c4c92367
+# %% ../nbs/01_model.ipynb #cda68c6b
 ACTIVATIONS = ("topk", "batchtopk", "relu")
 
 class CrossCoder(nn.Module):
@@ -141,6 +141,7 @@ class CrossCoder(nn.Module):
         self.encoder, self.encoder_bias = nn.Parameter(rows.clone()), nn.Parameter(torch.zeros(dict_size))
         self.decoder, self.decoder_bias = nn.Parameter(rows), nn.Parameter(torch.zeros(sum(d_in)))
         self.register_buffer("threshold", torch.tensor(0.)) # learned by batch top-k in training
+        self.register_buffer("held", torch.zeros(dict_size, dtype=torch.uint8)) # what training leaves alone: 1 a feature's decoder, 2 all of it
         self.apply_partition()
         self.register_load_state_dict_post_hook(lambda self, _: self.apply_partition())
 
@@ -297,7 +298,7 @@ def verify_partition_integrity(self: CrossCoder) -> dict:
     worst = lambda w: max((w[f, c].abs().max().item() for f, c in self.partition.forbidden), default=0.0)
     return {"enc_max_violation": worst(self.encoder), "dec_max_violation": worst(self.decoder)}
 
-# %% ../nbs/01_model.ipynb #092a1c39
+# %% ../nbs/01_model.ipynb #2db00e7e
 @patch
 def config(self: CrossCoder) -> dict:
     "The arguments that make a model of the same shape."
@@ -315,6 +316,7 @@ def fold(self: CrossCoder): # a new CrossCoder with normalizer "none"
     out.decoder.copy_(self.decoder * n.scale)
     out.decoder_bias.copy_(n.undo(self.decoder_bias))
     out.threshold.copy_(self.threshold)
+    out.held.copy_(self.held)
     out.info = dict(self.info)
     return out
 

@@ -81,7 +81,7 @@ class TrainConfig:
         left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.lr * min(up, left, 1.0)
 
-# %% ../nbs/06_step.ipynb #652ee04f
+# %% ../nbs/06_step.ipynb #ce081f1f
 class Trainer:
     "One model, its optimizer, and what a step needs to remember."
     def __init__(self,
@@ -98,6 +98,11 @@ class Trainer:
 
     @property
     def dead(self): return self.silent >= self.config.dead_after # (dict_size,) bool
+
+    @cached_property
+    def held(self): # name of a weight -> its rows that stay as they are
+        decoder, everything = ((self.cc.held >= level).nonzero().squeeze(1) for level in (1, 2))
+        return {name: rows for name, rows in {"decoder": decoder, "encoder": everything, "encoder_bias": everything}.items() if len(rows)}
 
     def kept(self, name, *shape, dtype=torch.float32): # a tensor that is there again in the next step: fresh memory costs more than what is written to it
         if name not in self._kept or self._kept[name].shape != shape: self._kept[name] = torch.empty(shape, dtype=dtype, device=self.silent.device)
@@ -167,7 +172,7 @@ def _revive(self: Trainer, pre, dead, z, g, every=4): # the auxiliary loss, its 
     self._accumulate(among, codes.values, self._delta(codes, g), g, z, dead)
     return missing.square().mean() / power
 
-# %% ../nbs/06_step.ipynb #988954ba
+# %% ../nbs/06_step.ipynb #f80a00b2
 @patch
 @torch.no_grad()
 def gradients(self: Trainer,
@@ -190,6 +195,7 @@ def gradients(self: Trainer,
         terms["aux"] = self._revive(pre, dead, z, g)
         loss = loss + c.aux_coef * terms["aux"]
     for features, channels in cc.partition.forbidden: self.grads["encoder"][features, channels] = self.grads["decoder"][features, channels] = 0
+    for name, features in self.held.items(): self.grads[name][features] = 0
     return {"loss": loss, **terms}, codes, squares
 
 # %% ../nbs/06_step.ipynb #557bb3bc
@@ -253,7 +259,7 @@ def step(self: Trainer,
     self.step_number += 1
     return metrics
 
-# %% ../nbs/06_step.ipynb #0bfae8b9
+# %% ../nbs/06_step.ipynb #275e4f6c
 @patch
 def save_checkpoint(self: Trainer, path):
     "All the state there is, in one safetensors file."
@@ -266,6 +272,7 @@ def load_checkpoint(self: Trainer, path):
     tensors, metadata = _open(path)
     part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
     _fill(self.cc, part("cc."), path)
+    self.__dict__.pop("held", None)
     self.optimizer.load_state_dict(part("adam."))
     self.silent.copy_(tensors["silent"])
     self.step_number = int(metadata["step"])
