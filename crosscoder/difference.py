@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACED', 'Moments', 'moments', 'Affine', 'Network', 'Residuals', 'unpredicted_rows', 'train_candidates', 'reach',
-           'decide', 'place', 'find_differences']
+           'decide', 'drop_sums', 'place', 'find_differences']
 
 # %% ../nbs/07_difference.ipynb #7deb348f
 import json
@@ -147,7 +147,7 @@ def train_candidates(cc, part, guess, config: TrainConfig, share: float, out=Non
     if progress: print(f"difference: {small.dict_size} candidates from {len(rows):,} rows, {guess!r}")
     return train(small.to(cc.encoder.device), Residuals(part, guess, rows), config, out, progress=progress)[0]
 
-# %% ../nbs/07_difference.ipynb #65f82407
+# %% ../nbs/07_difference.ipynb #c35ec6ec
 @torch.no_grad()
 def reach(candidates: CrossCoder, part, guess, m: Moments, max_rows=262_144
          ) -> pd.DataFrame: # a row a candidate: fired (rows over half its largest activation), reach_a, reach_b
@@ -169,13 +169,33 @@ def reach(candidates: CrossCoder, part, guess, m: Moments, max_rows=262_144
     return pd.DataFrame(out)
 
 def decide(reached: pd.DataFrame, # from `reach`
-           at_most: float = 0.5,  # reach in the other model over that in its own
+           at_most: float = 0.1,  # reach in the other model over that in its own
            fired: int = 10        # rows at least
           ) -> pd.DataFrame: # the same with columns model ("A", "B") and kept
     "Which model a candidate would belong to, and whether it is worth a place."
     a, b = reached.reach_a, reached.reach_b
     own, other = a.where(a > b, b), b.where(a > b, a)
     return reached.assign(model=(a > b).map({True: "A", False: "B"}), kept=(other < at_most * own) & (own > 0.01) & (reached.fired >= fired))
+
+# %% ../nbs/07_difference.ipynb #028e606c
+def _along_plane(d, others): # largest cosine of d (n,) with a plane of two of the unit rows of `others`
+    if not len(others): return 0.
+    c, gram = others @ d, others @ others.T
+    det = (1 - gram.square()).clamp(min=1e-6)
+    square = (c[:, None].square() + c.square() - 2 * gram * c[:, None] * c) / det # squared length of the projection on each pair's plane
+    square.fill_diagonal_(0)
+    return max(c.abs().max().item(), square.max().item() ** 0.5 if len(others) > 1 else 0.)
+
+def drop_sums(decided: pd.DataFrame, candidates: CrossCoder, at_most: float = 0.9 # cosine
+             ) -> pd.DataFrame: # fewer are kept
+    "Of the kept ones, drop those that lie along others or in the plane of two."
+    directions, out = [nn.functional.normalize(candidates.directions(m).cpu(), dim=1) for m in range(2)], decided.copy()
+    for model, d in zip("AB", directions):
+        taken = []
+        for j in decided.index[decided.kept & (decided.model == model)][decided.fired[decided.kept & (decided.model == model)].argsort()[::-1]]:
+            if _along_plane(d[j], d[taken]) > at_most: out.loc[j, "kept"] = False
+            else: taken.append(j)
+    return out
 
 # %% ../nbs/07_difference.ipynb #f969c54a
 @torch.no_grad()
@@ -199,11 +219,11 @@ def place(cc: CrossCoder,        # its normalizer fitted
     else: encoder, bias = decoder / decoder.square().sum(1, keepdim=True), torch.zeros(len(kept))
     cc.decoder[at], cc.encoder[at], cc.encoder_bias[at], cc.held[at] = decoder.to(device), encoder.to(device), bias.to(device), guess.holds
 
-# %% ../nbs/07_difference.ipynb #f29fa9c4
+# %% ../nbs/07_difference.ipynb #d27fce66
 def find_differences(cc: CrossCoder,           # two models; changed in place
                      part,                     # the training part
                      config: TrainConfig = None, # of the candidates' training, and of the network's; defaults if left out
-                     share: float = 1 / 16,    # candidates, as a share of the dictionary
+                     share: float = 1 / 8,     # candidates, as a share of the dictionary
                      out=None,                 # folder for the result
                      progress: bool = True     # show progress bars
                     ) -> pd.DataFrame: # a row a candidate: fired, reach_a, reach_b, model, kept; `attrs` has the guess
@@ -218,7 +238,7 @@ def find_differences(cc: CrossCoder,           # two models; changed in place
     guess = Affine(m, cc.d_in)
     if max(guess.unexplained) > 0.5: guess = Network(m, cc.d_in, config.seed).fit(part, config, progress)
     candidates = train_candidates(cc, part, guess, config, share, out, progress)
-    decided = decide(reach(candidates, part, guess, m))
+    decided = drop_sums(decide(reach(candidates, part, guess, m)), candidates)
     place(cc, candidates, decided, guess)
     decided.attrs = {"guess": type(guess).__name__.lower(), "unexplained_a": guess.unexplained[0], "unexplained_b": guess.unexplained[1]}
     if progress: print("difference: kept " + ", ".join(f"{(decided.kept & (decided.model == x)).sum()} for {x}" for x in "AB"))
