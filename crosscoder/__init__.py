@@ -9,7 +9,7 @@ __all__ = []
 # %% ../nbs/14_package.ipynb #7b7dca5c
 from importlib import import_module
 
-# %% ../nbs/14_package.ipynb #e6ae93f9
+# %% ../nbs/14_package.ipynb #a08d54b8
 _WHERE = {
     "sparse": ("BadInput",),
     "model": ("CrossCoder", "DFCCrossCoder"),
@@ -19,6 +19,7 @@ _WHERE = {
     "activations": ("ActivationStore",),
     "extraction": ("extract",),
     "training": ("TrainConfig", "Trainer", "train"),
+    "difference": ("find_differences",),
     "evaluation": ("evaluate",),
     "analysis": ("feature_table",),
     "report": ("write_report",),

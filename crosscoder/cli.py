@@ -53,16 +53,18 @@ class ExtractConfig:
     max_tokens: int = 512        # tokens of a text beyond this are cut off, and counted
     max_norm: float = 10.0       # with all tokens: leave out those whose norm is over this multiple of the median
 
-# %% ../nbs/13_cli.ipynb #b0855f77
+# %% ../nbs/13_cli.ipynb #330a90d0
 @dataclass
 class ModelConfig:
     "The crosscoder."
     dict_size: int | None = None # number of features; 8 times the wider model by default
     k: int = 48                  # active features a token
-    exclusive: str = "0.05,0.05" # features for A alone and for B alone, as fractions of the dictionary (0.05) or counts (230); 0,0 for a plain crosscoder
+    differences: float = 0.125   # candidates for features of one model alone, as a share of the dictionary, from what the other cannot predict; 0 for none
+    exclusive: str = "0,0"       # features that may write to A alone and to B alone (a DFC), as fractions of the dictionary (0.05) or counts (230)
     activation: str = "batchtopk"# topk, batchtopk or relu
     normalizer: str = "scale"    # zscore (each channel), scale (one number a model) or none
     init_seed: int = 0           # of the starting weights
+    seeds: int = 1               # trainings from different seeds; the first is the result, the others say which of its features come back
 
 @dataclass
 class SplitConfig:
@@ -72,11 +74,11 @@ class SplitConfig:
 
 CONFIGS = (PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig)
 
-# %% ../nbs/13_cli.ipynb #423f1e64
+# %% ../nbs/13_cli.ipynb #57d77a83
 PRESETS = {
     "default": {},
     "card": {"model_a": "chengq9/ToolRL-Qwen2.5-3B", "model_b": "Qwen/Qwen2.5-3B", "texts": ("fineweb*40000", "toolrl*40000"), "shuffle": False,
-             "layer": 13, "tokens": "last", "dict_size": 16384, "k": 90, "exclusive": "0,0", "activation": "topk", "normalizer": "zscore",
+             "layer": 13, "tokens": "last", "dict_size": 16384, "k": 90, "differences": 0.0, "exclusive": "0,0", "activation": "topk", "normalizer": "zscore",
              **asdict(TrainConfig.card()), "project": "dfc-crosscoder-sweep"},
 }
 
@@ -180,19 +182,28 @@ def _exclusive(text): # "0.05,0.05" or "12,12" -> numbers
     try: return tuple(float(p) if "." in p or "e" in p else int(p) for p in text.split(","))
     except ValueError: raise BadInput(f"exclusive is {text!r}: expected a fraction or a count for each model, as in 0.05,0.05 or 230,230") from None
 
-# %% ../nbs/13_cli.ipynb #0dc9bebe
+# %% ../nbs/13_cli.ipynb #effa1528
 def do_train(run, s, wandb=True): # -> the crosscoder
-    "Train on the run's training part."
-    if not any((Path(run) / f).exists() for f in ("model.safetensors", "checkpoint")): _forget(run, "split", "model", "train", "data")
-    update_config(run, split=asdict(_make(SplitConfig, s)))
-    store, train_part, _ = open_parts(run)
-    m = _make(ModelConfig, s)
-    cc = CrossCoder(store.d_in, m.dict_size, m.k, _exclusive(m.exclusive), m.activation, m.normalizer, m.init_seed)
+    "Train on the run's training part, and again from other seeds if asked to."
+    if not any((Path(run) / f).exists() for f in ("model.safetensors", "checkpoint", "difference")): _forget(run, "split", "difference", "model", "train", "data")
+    update_config(run, split=asdict(_make(SplitConfig, s)), difference={"share": s["differences"]})
+    _, train_part, _ = open_parts(run)
+    callbacks = [WandB(s["project"], run, Path(run).name)] if wandb and not (Path(run) / "model.safetensors").exists() else []
+    cc = _train_seed(0, run, s, train_part, callbacks, wandb)
+    for i in range(1, s["seeds"]):
+        print(f"training, seed {i + 1} of {s['seeds']}")
+        _train_seed(i, Path(run) / "seeds" / str(i), s, train_part)
+    return cc
+
+def _train_seed(i, out, s, train_part, callbacks=(), wandb=False):
+    from crosscoder.difference import find_differences
+    m, config = _make(ModelConfig, s), _make(TrainConfig, s)
+    config.seed += i
+    cc = CrossCoder(train_part.d_in, m.dict_size, m.k, _exclusive(m.exclusive), m.activation, m.normalizer, m.init_seed + i)
     cc.info = {"wandb_project": s["project"] if wandb else None}
     if device := _device(s): cc.to(device)
-    callbacks = [WandB(s["project"], run, Path(run).name)] if wandb and not (Path(run) / "model.safetensors").exists() else []
-    cc, _ = train(cc, train_part, _make(TrainConfig, s), out=run, callbacks=callbacks)
-    return cc
+    if m.differences and not (Path(out) / "model.safetensors").exists(): find_differences(cc, train_part, config, m.differences, Path(out) / "difference")
+    return train(cc, train_part, config, out=out, callbacks=callbacks)[0]
 
 def _device(s): # where to train: as the models, or a GPU if there is one
     import torch
@@ -206,12 +217,17 @@ def do_evaluate(run): # -> dict
     write_atomic(Path(run) / "evaluation.json", json.dumps(result, indent=1))
     return result
 
-# %% ../nbs/13_cli.ipynb #eaebc3b4
+# %% ../nbs/13_cli.ipynb #72171c20
 def do_features(run): # -> table
     "The table of features into `run/features.parquet`."
     from crosscoder.analysis import feature_table, save_table
-    _, _, test_part = open_parts(run)
-    table = feature_table(CrossCoder.load(run), test_part)
+    from crosscoder.evidence import stability
+    _, train_part, test_part = open_parts(run)
+    cc, others = CrossCoder.load(run), sorted((Path(run) / "seeds").glob("*/model.safetensors"))
+    table = feature_table(cc, test_part, fit=train_part)
+    if others:
+        table["comes_back"] = stability([cc, *(CrossCoder.load(f.parent) for f in others)]).comes_back
+        table.attrs["seeds"] = len(others)
     save_table(table, Path(run) / "features.parquet")
     return table
 
@@ -221,16 +237,18 @@ def do_report(run): # -> path of the page
     from crosscoder.report import write_report
     return write_report(run, ActivationStore(Path(run) / "activations"))
 
-# %% ../nbs/13_cli.ipynb #9c322a47
+# %% ../nbs/13_cli.ipynb #35754e9c
 def summary(result: dict, # from `evaluate`
             table         # from `feature_table`
            ) -> str:
     "What was found, in four lines."
-    labels = table.label.value_counts()
+    labels, seeds = table.label.value_counts(), table.attrs.get("seeds")
+    back = lambda x: f"{(table.comes_back[table.label == x] == seeds).sum():,} of {labels.get(x, 0):,} {x}"
     return "\n".join([
         f"  held out: {result['rows']:,} tokens of {result['texts']:,} texts",
         f"  variance explained: A {result['fve_a']:.3f}, B {result['fve_b']:.3f} with {result['l0_total']:.1f} active features a token",
-        f"  features: {', '.join(f'{labels.get(x, 0):,} {x}' for x in ('A', 'B', 'shared', 'dead'))} (by partition; a partition is a hypothesis, not evidence)",
+        f"  features: {', '.join(f'{labels.get(x, 0):,} {x}' for x in ('A', 'B', 'shared', 'undecided', 'dead'))} ({table.attrs.get('evidence', 'no evidence')})",
+        *([f"  came back in all {seeds} other seeds: {back('A')}, {back('B')}, {back('shared')}"] if seeds else []),
         *_strongest(table)])
 
 def _strongest(table): # a line for each source: the features that tell it apart best
@@ -265,7 +283,7 @@ def diff_command(given, out: Out = RUN, preset: Preset = "default", wandb: UseWa
     print(summary(result, table))
     print(f"\nLook at {Path(page).resolve()}")
 
-# %% ../nbs/13_cli.ipynb #28aba6c8
+# %% ../nbs/13_cli.ipynb #57492ea4
 def _timed(name, f, *args): # run a stage, say how long it took
     print(f"{name} …", flush=True)
     start = time.perf_counter()
@@ -282,6 +300,8 @@ def _note(out, s): # how to run it again
 
 def _check(s): # what can be refused before hours are spent
     for cls in CONFIGS: _make(cls, s)
+    if not 0 <= s["differences"] <= 1: raise BadInput(f"differences is {s['differences']}: expected a share of the dictionary between 0 and 1")
+    if s["seeds"] < 1: raise BadInput(f"seeds is {s['seeds']}: expected at least 1")
     CrossCoder((1, 1), s["dict_size"] or max(s["k"], 100_000), s["k"], _exclusive(s["exclusive"]), s["activation"], s["normalizer"])
 
 # %% ../nbs/13_cli.ipynb #6b0b7299

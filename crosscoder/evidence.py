@@ -259,13 +259,13 @@ def _mirrors(cc, m): # (n_features,) the other feature whose direction in the ot
             cosine[some], number[some] = found.scatter(1, some[:, None], -2.).max(1)
     return number.cpu().numpy(), cosine.cpu().numpy()
 
-# %% ../nbs/07_evidence.ipynb #3806f471
+# %% ../nbs/07_evidence.ipynb #ff0147b8
 def evidence(cc,                      # a `CrossCoder` of two models
              part,                    # held-out part: a store or a part of one
              fit=None,                # the training part, for probes and maps; by default they are fitted across the halves of `part`
              max_rows: int = 100_000, # of either part, spread evenly
              progress: bool = True    # show a progress bar where it takes over two seconds
-            ) -> pd.DataFrame: # rows_fired, texts, owner, reader, reach_a, reach_b, share, nu_r, nu_eps with _low and _high, stitched_a, stitched_b, mirror, mirror_cosine, score, q_value
+            ) -> pd.DataFrame: # a row a feature; share, nu_r and nu_eps have columns _low and _high beside them
     "What each model carries of each feature, on held-out rows."
     was, _ = cc.training, cc.eval()
     try: return _table(cc, measure(cc, part, fit, max_rows, progress))
@@ -278,7 +278,7 @@ def _table(cc, m): # -> DataFrame
     q = torch.full_like(score, torch.nan)
     q[enough] = q_values(score[enough], decoys(m)[:, enough])
     power = m.tested.n * s["ff"].sum(0) - s["f"].sum(0).square()
-    columns = {"rows_fired": s["count"].sum(0).long(), "texts": k, **{f"reach_{n}": m.readings[None, i].sum(0).clamp(min=0).square() / power for i, n in enumerate("ab")}}
+    columns = {"rows_fired": s["count"].sum(0).long(), "effective_texts": k, **{f"reach_{n}": m.readings[None, i].sum(0).clamp(min=0).square() / power for i, n in enumerate("ab")}}
     columns |= {f"share{end}": v.clamp(0, 1).square() for end, v in zip(("", "_low", "_high"), ratio_interval(others, owns, k))}
     for kind in ("r", "eps"): columns |= {f"nu_{kind}{end}": v for end, v in zip(("", "_low", "_high"), ratio_interval(*_scaling(cc, m, kind), k))}
     fit, test = (Moments(n, mean.cpu(), cov.cpu()) for n, mean, cov in (m.fitted.moments, m.tested.moments))

@@ -17,7 +17,7 @@ import torch
 import transformers  # noqa: F401
 from conftest import WORDS
 
-from crosscoder import ActivationStore, CrossCoder, ModelPair, TrainConfig, extract, train
+from crosscoder import ActivationStore, CrossCoder, ModelPair, TrainConfig, extract, find_differences, train
 
 torch.set_num_threads(1)
 stage, out, kills, seed, more = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
@@ -32,7 +32,9 @@ def work():
     else:
         part, _ = ActivationStore(more[0]).split()
         cc = CrossCoder(part.d_in, 128, 4, (0.1, 0.1))
-        train(cc, part, TrainConfig(steps=400, batch_size=256, checkpoint_every=20, dead_after=2000, log_every=5), out=out, progress=False)
+        config = TrainConfig(steps=400, batch_size=256, checkpoint_every=20, dead_after=2000, log_every=5)
+        find_differences(cc, part, config, out=Path(out) / "difference", progress=False)
+        train(cc, part, config, out=out, progress=False)
 
 
 def attempt(limit):
@@ -60,7 +62,7 @@ def attempt(limit):
 
 def halfway():
     "Is a part of the result on disk?"
-    if stage == "train": return (out / "checkpoint" / "state.safetensors").exists()
+    if stage == "train": return any((out / f).exists() for f in ("checkpoint/state.safetensors", "difference/checkpoint/state.safetensors", "difference/model.safetensors"))
     manifest = out / "manifest.json"
     return manifest.exists() and not json.loads(manifest.read_text())["complete"]
 

@@ -26,12 +26,13 @@ def run(models, files, tmp_path_factory):
 def test_diff_leaves_everything(run):
     out, done, *_ = run
     names = {p.name for p in out.iterdir()}
-    assert names == {"activations", "config.json", "evaluation.json", "features.parquet", "metrics.jsonl", "model.safetensors", "report.html", "texts.json"}
+    assert names == {"activations", "config.json", "difference", "evaluation.json", "features.parquet", "metrics.jsonl", "model.safetensors", "report.html", "texts.json"}
     assert "Look at" in done.said and str(out / "report.html") in done.said
     assert "toolrl: 30 texts, 20 distinct, 10 repeats" in done.said  # repeats are counted and said
     table, result = pd.read_parquet(out / "features.parquet"), json.loads((out / "evaluation.json").read_text())
-    assert len(table) == 64 and set(table.label) <= {"A", "B", "shared", "dead"}
-    assert list(table.partition) == ["A"] * 3 + ["B"] * 3 + ["shared"] * 58  # 5 % of 64, rounded down
+    assert len(table) == 64 and set(table.label) <= {"A", "B", "shared", "undecided", "dead"}
+    assert list(table.partition) == ["shared"] * 64 and table.share.between(0, 1).any() and "comes_back" not in table
+    assert "difference: 8 candidates from" in done.said  # an eighth of 64
     assert 0 < result["fve_a"] < 1 and result["rows"] == len(ActivationStore(out / "activations").split()[1])
 
 
@@ -48,6 +49,27 @@ def test_again_does_nothing_twice(run):
                "--layer", 2, *SMALL)
     assert done.returncode == 0, done.said
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_partition_and_three_seeds(run):
+    "More seeds can be added to a run that is finished; the first stays what it is."
+    out, _, models, files = run
+    before, again = (out / "model.safetensors").read_bytes(), out.with_name("seeds")
+    shutil.copytree(out, again)
+    done = cli("diff", "--out", again, "--model-a", models[0], "--model-b", models[1], "--texts", f"{files}/fineweb.jsonl*50", "--texts", f"{files}/toolrl.jsonl*30",
+               "--layer", 2, *SMALL, "--seeds", 3)
+    assert done.returncode == 0, done.said
+    assert (again / "model.safetensors").read_bytes() == before and "came back in all 2 other seeds" in done.said
+    table = pd.read_parquet(again / "features.parquet")
+    assert set(table.comes_back) <= {0, 1, 2} and len(list((again / "seeds").iterdir())) == 2
+    models_of = [CrossCoder.load(f) for f in sorted((again / "seeds").iterdir())]
+    assert not models_of[0].decoder.equal(models_of[1].decoder)
+    done = cli("train", "--out", again, *SMALL, "--exclusive", "0.05,0.05")  # another model does not fit this folder
+    assert done.returncode == 2 and "exclusive" in done.said
+    shutil.rmtree(again / "seeds"), shutil.rmtree(again / "difference"), (again / "model.safetensors").unlink()
+    done = cli("train", "--out", again, *SMALL, "--exclusive", "0.05,0.05", "--differences", 0)
+    assert done.returncode == 0, done.said
+    assert list(CrossCoder.load(again).partition.sizes) == [3, 3] and not (again / "difference").exists()  # 5 % of 64, rounded down
 
 
 def test_stages_over_the_same_folder(run, tmp_path):
