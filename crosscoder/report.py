@@ -24,9 +24,9 @@ from .evidence import LIMIT
 from .model import TEMPLATES, CrossCoder, write_atomic
 from .sparse import BadInput
 
-# %% ../nbs/10_report.ipynb #5712c066
+# %% ../nbs/10_report.ipynb #8699cdd0
 INK = "#1b1d22"
-COLORS = {"A": "#d55e00", "B": "#0080c8", "undecided": "#b3963a", "shared": "#999999"} # by label: vermilion, blue (after Okabe and Ito 2008, a little lighter for dark pages), sand, gray
+COLORS = {"A": "#d55e00", "B": "#0080c8", "undecided": "#b3963a", "shared": "#999999"} # vermilion, blue (after Okabe and Ito 2008, a bit lighter), sand, gray
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.linewidth": 0.6,
          "axes.titlesize": 9, "axes.titlelocation": "left", "font.size": 9,
          "grid.alpha": 0.15, "grid.linewidth": 0.6, "grid.color": INK, "legend.frameon": False, "lines.linewidth": 1.4, "svg.hashsalt": "crosscoder",
@@ -101,7 +101,7 @@ def plot_share(table: pd.DataFrame # from `feature_table`
     ax.set(xlabel="share of the feature that the other model carries")
     return fig
 
-# %% ../nbs/10_report.ipynb #34c23d8d
+# %% ../nbs/10_report.ipynb #6101582b
 @_styled
 def plot_firing_rates(table: pd.DataFrame, # from `feature_table`, with at least two sources
                       sources=None         # names of two of them; the first two if left out
@@ -115,7 +115,8 @@ def plot_firing_rates(table: pd.DataFrame, # from `feature_table`, with at least
     ax.axline((100 * least, 100 * least), (100, 100), color=INK, lw=0.6, ls=":")
     for p, marker in zip(reversed(COLORS), "oDvs"): # the many below, the few on top
         here = (alive.label == p).to_numpy()
-        ax.scatter(x[here], y[here], s=6 if len(alive) > 500 and p not in ("A", "B") else 16, color=COLORS[p], marker=marker, alpha=0.8, lw=0, label=f"{p}: {here.sum():,}", rasterized=len(alive) > 500)
+        size = 6 if len(alive) > 500 and p not in ("A", "B") else 16
+        if here.any(): ax.scatter(x[here], y[here], s=size, color=COLORS[p], marker=marker, alpha=0.8, lw=0, label=f"{p}: {here.sum():,}", rasterized=len(alive) > 500)
     ax.set(xscale="log", yscale="log", xlim=(100 * least / 5, 150), ylim=(100 * least / 5, 150))
     for axis, line, n in zip((ax.xaxis, ax.yaxis), (ax.axvline, ax.axhline), names):
         line(100 * least / 1.7, color=INK, lw=0.6)
@@ -211,8 +212,24 @@ def _cards(r, store, features): # feature -> what the template shows of it
     partitioned = r.table.partition.nunique() > 1
     return {j: {"number": j, "label": NAMES[(t := r.table.loc[j]).label], "css": t.label, "facts": _facts(t, r.table.attrs, partitioned), "examples": shown[j]} for j in features}
 
-# %% ../nbs/10_report.ipynb #47894ec3
-MEANS = {**dict.fromkeys("AB", "The other model carries less than a quarter of each of these, as far as a linear probe can read it on texts that training never saw. The clearest ones come first."),
+# %% ../nbs/10_report.ipynb #19749d5a
+def _untested(table): # why there is no evidence; empty if there is
+    how = table.attrs["evidence"]
+    return how.removeprefix("none: ") if how.startswith("none") else "" if table.share.notna().any() else "no feature fired often enough"
+
+def _asked(table): return table.attrs["evidence"].split(",")[0].replace("<=", "≤") # the q-value of the labels, where there is evidence
+
+def _verdict(table): # the one sentence to read
+    if why := _untested(table): return f"Which features are one model's alone was not tested: {why}."
+    counts = table.label.value_counts()
+    n = {p: f"{counts[p]:,}" if p in counts else "none" for p in COLORS}
+    unsure = f" For {n['undecided']} of them the held-out texts cannot tell." if "undecided" in counts else ""
+    n["A"] += " are" if counts.get("A", 0) > 1 else " is"
+    return f"Of the {(table.rate > 0).sum():,} features that fired, {n['A']} only in A, {n['B']} only in B, {n['shared']} shared.{unsure}"
+
+# %% ../nbs/10_report.ipynb #37644df0
+MEANS = {**dict.fromkeys("AB", "The other model carries less than a quarter of each of these, as far as a linear probe can read it on texts that training never saw. "
+                               "The clearest ones come first."),
          "undecided": "These held-out texts cannot tell whose they are: they fire in too few of them, or what the other model carries is too uncertain.",
          "shared": "Both models have them: the other one carries more than a quarter of each."}
 
@@ -226,43 +243,31 @@ def _sections(r, cards, by_source, by_label): # what the two lists of features s
                   "open": p in ("A", "B") or len(by_label) == 1, "cards": [cards[j] for j in features]} for p, features in by_label.items()]
     return for_source, for_label
 
-# %% ../nbs/10_report.ipynb #2d99f072
-def _untested(table): # why there is no evidence; empty if there is
-    how = table.attrs["evidence"]
-    return how.removeprefix("none: ") if how.startswith("none") else "" if table.share.notna().any() else "no feature fired often enough"
-
-def _asked(table): return table.attrs["evidence"].split(",")[0].replace("<=", "≤") # the q-value of the labels, where there is evidence
-
-def _verdict(table): # the one sentence to read
-    if why := _untested(table): return f"Which features are one model's alone was not tested: {why}."
-    counts = table.label.value_counts()
-    n = {p: f"{counts[p]:,}" if p in counts else "none" for p in COLORS}
-    return (f"Of the {(table.rate > 0).sum():,} features that fired, {n['A']} {'are' if counts.get('A', 0) > 1 else 'is'} only in A, {n['B']} only in B, {n['shared']} shared. "
-            f"For {n['undecided']} of them the held-out texts cannot tell.")
-
 def _tiles(r): # the few numbers on top: what was found, and how well the dictionary explains the activations
     table, labels = r.table, r.table.label.value_counts()
     q = "" if (why := _untested(table)) else f" ({_asked(table).replace(' ', '')})"
     found = [("–" if why and p != "undecided" else f"{labels.get(p, 0):,}", f"features {NAMES[p]}{q if p in ('A', 'B') else ''}") for p in COLORS]
     if "comes_back" in table and not why:
         seeds, back = table.attrs["seeds"], table.comes_back[table.label.isin(["A", "B"])]
-        found.append((f"{(back == seeds).sum():,} of {len(back):,}", f"features only in A or B came back in {({1: 'the other seed', 2: 'both other seeds'}).get(seeds, f'all {seeds} other seeds')}"))
+        every = {1: "the other seed", 2: "both other seeds"}.get(seeds, f"all {seeds} other seeds")
+        found.append((f"{(back == seeds).sum():,} of {len(back):,}", f"features only in A or B came back in {every}"))
     fve = [(f"{r.evaluation[f'fve_{m}']:.3f}", f"FVE of model {m.upper()}") for m in ascii_lowercase[:len(r.cc.d_in)]]
-    return [found, [*fve, (f"{r.evaluation['l0_total']:.1f}", "L0, active features a token"), (_percent(r.evaluation["dead_fraction"]), f"of {r.cc.dict_size:,} features are dead")]]
+    return [found, [*fve, (f"{r.evaluation['l0_total']:.1f}", "L0, active features a token"),
+                    (_percent(r.evaluation["dead_fraction"]), f"of {r.cc.dict_size:,} features are dead")]]
 
 def _flat(value, name=""): # nested settings -> (dotted name, text) pairs
     if isinstance(value, dict) and value: return [pair for k, v in value.items() for pair in _flat(v, f"{name}.{k}" if name else str(k))]
     if isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value): return [(name, ", ".join(map(str, value)))]
     return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
-# %% ../nbs/10_report.ipynb #c899399f
+# %% ../nbs/10_report.ipynb #19d9dcea
 def _figures(r): # base64 SVG, alternative text and caption of each
     out = [(plot_training(r.history), "Loss, FVE, L0 and dead features over training steps",
             "Training, measured on the batches of the training part. A curve that becomes flat while the learning rate falls to 0 "
             "has not shown that more steps would gain nothing."),
            (plot_relative_norms(r.table), "Histogram of relative decoder norms by label",
-            "How the features that fired share their decoder between the models: right is A alone, left is B alone. This is what training wrote; the colours say what the evidence found. "
-            "The axis is logarithmic, and the bars of one interval stand side by side, here and below."
+            "How the features that fired share their decoder between the models: right is A alone, left is B alone. "
+            "This is what training wrote; the colours say what the evidence found. The axis is logarithmic, and the bars of one interval stand side by side, here and below."
             + " The features of the blocks A and B stand at 1 and 0 by construction." * (r.table.partition.nunique() > 1)),
            _share_figure(r.table)]
     names = [s for s in r.table.attrs["sources"] if f"rate_{s}" in r.table][:2]
@@ -274,8 +279,9 @@ def _figures(r): # base64 SVG, alternative text and caption of each
 def _share_figure(table): # figure, alternative text and caption; no figure if there is nothing to draw
     if why := _untested(table): return None, "", f"How much of each feature the other model carries was not measured: {why}."
     return (plot_share(table), "Histogram of the share of each feature that the other model carries, by label",
-            "How much of each feature the other model carries, read by linear probes on held-out texts: 1 is as much as its owner, 0 is nothing. Shares are squared amplitudes, so 0.25 is half the amplitude. "
-            f"A feature is called A's or B's alone if the 95 % interval of its share lies to the left of the dotted line and the false discovery rate allows it ({_asked(table)}), shared if it lies to the right, and undecided otherwise.")
+            "How much of each feature the other model carries, read by linear probes on held-out texts: 1 is as much as its owner, 0 is nothing. "
+            "Shares are squared amplitudes, so 0.25 is half the amplitude. A feature is called A's or B's alone if the 95 % interval of its share "
+            f"lies to the left of the dotted line and the false discovery rate allows it ({_asked(table)}), shared if it lies to the right, and undecided otherwise.")
 
 def _looked_at(table): # one sentence on the rows behind the table
     a = table.attrs
@@ -283,7 +289,7 @@ def _looked_at(table): # one sentence on the rows behind the table
     return (f"The feature table was made from {a['rows']:,} held-out rows{thinned}. "
             "Of tokens before which the texts read the same, and of tokens of one text, a feature shows the strongest only.")
 
-# %% ../nbs/10_report.ipynb #b724853c
+# %% ../nbs/10_report.ipynb #1ad1cedd
 def _check_store(r, store): # BadInput unless model and table can be from this store
     if tuple(store.d_in) != r.cc.d_in:
         raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the run's model has {r.cc.d_in}: give the store it was trained on")
@@ -305,8 +311,9 @@ def _page(r, store): # everything the template shows
             "verdict": _verdict(r.table), "untested": _untested(r.table), "evidence": r.table.attrs["evidence"].replace("<=", "≤"),
             "subtitle": (f"Layer {made['layer']}, " if "layer" in made else "") + repr(r.cc),
             "held_out": f"Measured on {e['rows']:,} held-out tokens of {e['texts']:,} texts that training never saw (rows by source: {sizes}).",
-            "score_text": "Features of one model alone come in the order of the evidence, the smallest share first; the others by activation mass (mean activation over all tokens × decoder norms) "
-                          "times contrast (largest |2·AUROC − 1| of any source), which chooses what to look at and concludes nothing.",
+            "score_text": "Features of one model alone come in the order of the evidence, the smallest share first; the others by activation mass "
+                          "(mean activation over all tokens × decoder norms) times contrast (largest |2·AUROC − 1| "
+                          "of any source), which chooses what to look at and concludes nothing.",
             "figures": _figures(r), "counts": [(k, f"{v:,}") for k, v in store.manifest["counts"].items()], "looked_at": _looked_at(r.table),
             "texts": [list(r.texts[0]), *(list(t.values()) for t in r.texts)] if r.texts else [],
             "settings": [(name, _flat(v)) for name, v in r.config.items() if name != "run"],

@@ -6,7 +6,7 @@
 __all__ = ['SUMS', 'DIFFERENCE', 'METHODS', 'LABELLED', 'Setting', 'planted_store', 'View', 'Outcome', 'crosscoder', 'designated',
            'difference', 'mean_difference', 'dictionary_learning', 'ours', 'run']
 
-# %% ../nbs/11_truth.ipynb #9555d197
+# %% ../nbs/11_truth.ipynb #79bfba54
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from .activations import ActivationStore
+from .batches import Batches
 from .difference import Residuals, find_differences
 from .evidence import evidence, label_features
 from .model import CrossCoder, _load_own, write_atomic
+from .rivals import NotInstalled, _need
 from .sparse import BadInput
 from .step import TrainConfig
 from .synthetic import PlantedPair, by_relative_norm, found, planted_scores
@@ -142,14 +144,13 @@ def mean_difference(s: Setting, store, x, **_):
     d = torch.stack([a - b, b - a])
     return Outcome((d, d), np.array(["A", "B"]), torch.ones(2, dtype=torch.bool), float("nan"), float("nan"))
 
-# %% ../nbs/11_truth.ipynb #fd51fa61
+# %% ../nbs/11_truth.ipynb #278dcb83
 def dictionary_learning(s: Setting, store, x, **_):
     "dictionary_learning's BatchTopKTrainer on the flat axis, called by relative norm; `None` where it is not installed."
-    try: from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
-    except ImportError: return None
-    from crosscoder.batches import Batches
+    try: trainers = _need("dictionary_learning.trainers.batch_top_k", "")
+    except NotInstalled: return None
     norm = s.crosscoder().fit_normalizer(store).normalizer
-    t = BatchTopKTrainer(steps=s.steps, activation_dim=2 * s.d, dict_size=s.dict_size, k=s.k, layer=0, lm_name="", lr=s.lr, warmup_steps=50, decay_start=s.steps // 2,
+    t = trainers.BatchTopKTrainer(steps=s.steps, activation_dim=2 * s.d, dict_size=s.dict_size, k=s.k, layer=0, lm_name="", lr=s.lr, warmup_steps=50, decay_start=s.steps // 2,
                          threshold_start_step=s.steps // 2, seed=s.seed, device="cpu")
     for i, batch in enumerate(Batches(store, s.batch, s.seed).stream(0, s.steps)): t.update(i, norm(torch.cat(batch, 1)))
     with torch.no_grad():
