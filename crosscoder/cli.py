@@ -53,13 +53,13 @@ class ExtractConfig:
     max_tokens: int = 512        # tokens of a text beyond this are cut off, and counted
     max_norm: float = 10.0       # with all tokens: leave out those whose norm is over this multiple of the median
 
-# %% ../nbs/13_cli.ipynb #330a90d0
+# %% ../nbs/13_cli.ipynb #b05fed97
 @dataclass
 class ModelConfig:
     "The crosscoder."
     dict_size: int | None = None # number of features; 8 times the wider model by default
     k: int = 48                  # active features a token
-    differences: float = 0.125   # candidates for features of one model alone, as a share of the dictionary, from what the other cannot predict; 0 for none
+    differences: float = 0.25    # candidates for features of one model alone, as a share of the dictionary, from what the other cannot predict; 0 for none
     exclusive: str = "0,0"       # features that may write to A alone and to B alone (a DFC), as fractions of the dictionary (0.05) or counts (230)
     activation: str = "batchtopk"# topk, batchtopk or relu
     normalizer: str = "scale"    # zscore (each channel), scale (one number a model) or none

@@ -219,11 +219,11 @@ def place(cc: CrossCoder,        # its normalizer fitted
     else: encoder, bias = decoder / decoder.square().sum(1, keepdim=True), torch.zeros(len(kept))
     cc.decoder[at], cc.encoder[at], cc.encoder_bias[at], cc.held[at] = decoder.to(device), encoder.to(device), bias.to(device), guess.holds
 
-# %% ../nbs/07_difference.ipynb #d27fce66
+# %% ../nbs/07_difference.ipynb #20af2875
 def find_differences(cc: CrossCoder,           # two models; changed in place
                      part,                     # the training part
                      config: TrainConfig = None, # of the candidates' training, and of the network's; defaults if left out
-                     share: float = 1 / 8,     # candidates, as a share of the dictionary
+                     share: float = 1 / 4,     # candidates, as a share of the dictionary
                      out=None,                 # folder for the result
                      progress: bool = True     # show progress bars
                     ) -> pd.DataFrame: # a row a candidate: fired, reach_a, reach_b, model, kept; `attrs` has the guess
