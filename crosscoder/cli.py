@@ -53,13 +53,13 @@ class ExtractConfig:
     max_tokens: int = 512        # tokens of a text beyond this are cut off, and counted
     max_norm: float = 10.0       # with all tokens: leave out those whose norm is over this multiple of the median
 
-# %% ../nbs/13_cli.ipynb #b05fed97
+# %% ../nbs/13_cli.ipynb #4f9d1f52
 @dataclass
 class ModelConfig:
     "The crosscoder."
     dict_size: int | None = None # number of features; 8 times the wider model by default
     k: int = 48                  # active features a token
-    differences: float = 0.25    # candidates for features of one model alone, as a share of the dictionary, from what the other cannot predict; 0 for none
+    differences: int | None = None # candidates for features of one model alone, from what the other cannot predict; by default as many as the wider model has channels, 0 for none
     exclusive: str = "0,0"       # features that may write to A alone and to B alone (a DFC), as fractions of the dictionary (0.05) or counts (230)
     activation: str = "batchtopk"# topk, batchtopk or relu
     normalizer: str = "scale"    # zscore (each channel), scale (one number a model) or none
@@ -74,11 +74,11 @@ class SplitConfig:
 
 CONFIGS = (PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig)
 
-# %% ../nbs/13_cli.ipynb #57d77a83
+# %% ../nbs/13_cli.ipynb #b8943eb1
 PRESETS = {
     "default": {},
     "card": {"model_a": "chengq9/ToolRL-Qwen2.5-3B", "model_b": "Qwen/Qwen2.5-3B", "texts": ("fineweb*40000", "toolrl*40000"), "shuffle": False,
-             "layer": 13, "tokens": "last", "dict_size": 16384, "k": 90, "differences": 0.0, "exclusive": "0,0", "activation": "topk", "normalizer": "zscore",
+             "layer": 13, "tokens": "last", "dict_size": 16384, "k": 90, "differences": 0, "exclusive": "0,0", "activation": "topk", "normalizer": "zscore",
              **asdict(TrainConfig.card()), "project": "dfc-crosscoder-sweep"},
 }
 
@@ -182,11 +182,11 @@ def _exclusive(text): # "0.05,0.05" or "12,12" -> numbers
     try: return tuple(float(p) if "." in p or "e" in p else int(p) for p in text.split(","))
     except ValueError: raise BadInput(f"exclusive is {text!r}: expected a fraction or a count for each model, as in 0.05,0.05 or 230,230") from None
 
-# %% ../nbs/13_cli.ipynb #effa1528
+# %% ../nbs/13_cli.ipynb #66612cdc
 def do_train(run, s, wandb=True): # -> the crosscoder
     "Train on the run's training part, and again from other seeds if asked to."
     if not any((Path(run) / f).exists() for f in ("model.safetensors", "checkpoint", "difference")): _forget(run, "split", "difference", "model", "train", "data")
-    update_config(run, split=asdict(_make(SplitConfig, s)), difference={"share": s["differences"]})
+    update_config(run, split=asdict(_make(SplitConfig, s)), difference={"candidates": s["differences"]})
     _, train_part, _ = open_parts(run)
     callbacks = [WandB(s["project"], run, Path(run).name)] if wandb and not (Path(run) / "model.safetensors").exists() else []
     cc = _train_seed(0, run, s, train_part, callbacks, wandb)
@@ -202,7 +202,7 @@ def _train_seed(i, out, s, train_part, callbacks=(), wandb=False):
     cc = CrossCoder(train_part.d_in, m.dict_size, m.k, _exclusive(m.exclusive), m.activation, m.normalizer, m.init_seed + i)
     cc.info = {"wandb_project": s["project"] if wandb else None}
     if device := _device(s): cc.to(device)
-    if m.differences and not (Path(out) / "model.safetensors").exists(): find_differences(cc, train_part, config, m.differences, Path(out) / "difference")
+    if m.differences != 0 and not (Path(out) / "model.safetensors").exists(): find_differences(cc, train_part, config, m.differences, Path(out) / "difference")
     return train(cc, train_part, config, out=out, callbacks=callbacks)[0]
 
 def _device(s): # where to train: as the models, or a GPU if there is one
@@ -283,7 +283,7 @@ def diff_command(given, out: Out = RUN, preset: Preset = "default", wandb: UseWa
     print(summary(result, table))
     print(f"\nLook at {Path(page).resolve()}")
 
-# %% ../nbs/13_cli.ipynb #57492ea4
+# %% ../nbs/13_cli.ipynb #f51ee2b4
 def _timed(name, f, *args): # run a stage, say how long it took
     print(f"{name} …", flush=True)
     start = time.perf_counter()
@@ -300,7 +300,7 @@ def _note(out, s): # how to run it again
 
 def _check(s): # what can be refused before hours are spent
     for cls in CONFIGS: _make(cls, s)
-    if not 0 <= s["differences"] <= 1: raise BadInput(f"differences is {s['differences']}: expected a share of the dictionary between 0 and 1")
+    if (s["differences"] or 0) < 0: raise BadInput(f"differences is {s['differences']}: expected a number of candidates, or 0 for none")
     if s["seeds"] < 1: raise BadInput(f"seeds is {s['seeds']}: expected at least 1")
     CrossCoder((1, 1), s["dict_size"] or max(s["k"], 100_000), s["k"], _exclusive(s["exclusive"]), s["activation"], s["normalizer"])
 

@@ -132,7 +132,7 @@ class Residuals(StorePart):
         r = self.guess(_flat(self.part, index)).split(self.d_in, 1)
         return r if out is None else tuple(o.copy_(x) for o, x in zip(out, r))
 
-# %% ../nbs/07_difference.ipynb #aa107d18
+# %% ../nbs/07_difference.ipynb #b66c9737
 @torch.no_grad()
 def unpredicted_rows(view: Residuals, keep: float = 0.25): # -> rows of the view with the longest residuals, sorted
     "The rows where the guess goes wrong most."
@@ -140,10 +140,10 @@ def unpredicted_rows(view: Residuals, keep: float = 0.25): # -> rows of the view
     size = (norms / norms.median(0).values.clamp(min=1e-12)).square().sum(1)
     return size.topk(max(1, int(keep * len(view)))).indices.sort().values
 
-def train_candidates(cc, part, guess, config: TrainConfig, share: float, out=None, progress=True): # -> a crosscoder of the residuals
+def train_candidates(cc, part, guess, config: TrainConfig, n: int | None = None, out=None, progress=True): # -> a crosscoder of the residuals
     "The dictionary of what one model cannot say of the other."
     rows = unpredicted_rows(Residuals(part, guess))
-    small = CrossCoder(cc.d_in, max(2, round(share * cc.dict_size)), max(1, round(share * cc.k)), activation="batchtopk", seed=config.seed)
+    small = CrossCoder(cc.d_in, min(n or max(cc.d_in), cc.dict_size), max(1, cc.k // 8), activation="batchtopk", seed=config.seed)
     if progress: print(f"difference: {small.dict_size} candidates from {len(rows):,} rows, {guess!r}")
     return train(small.to(cc.encoder.device), Residuals(part, guess, rows), config, out, progress=progress)[0]
 
@@ -219,27 +219,27 @@ def place(cc: CrossCoder,        # its normalizer fitted
     else: encoder, bias = decoder / decoder.square().sum(1, keepdim=True), torch.zeros(len(kept))
     cc.decoder[at], cc.encoder[at], cc.encoder_bias[at], cc.held[at] = decoder.to(device), encoder.to(device), bias.to(device), guess.holds
 
-# %% ../nbs/07_difference.ipynb #20af2875
+# %% ../nbs/07_difference.ipynb #aece21be
 def find_differences(cc: CrossCoder,           # two models; changed in place
                      part,                     # the training part
                      config: TrainConfig = None, # of the candidates' training, and of the network's; defaults if left out
-                     share: float = 1 / 4,     # candidates, as a share of the dictionary
+                     candidates: int | None = None, # how many features to look for; as many as the wider model has channels if left out
                      out=None,                 # folder for the result
                      progress: bool = True     # show progress bars
                     ) -> pd.DataFrame: # a row a candidate: fired, reach_a, reach_b, model, kept; `attrs` has the guess
     "Fill the end of a dictionary with what one model has and the other does not, before it is trained. Raises `BadInput` for other than two models."
     if len(cc.d_in) != 2: raise BadInput(f"differences are between two models, this crosscoder has {len(cc.d_in)}: leave find_differences out")
     if tuple(part.d_in) != cc.d_in: raise BadInput(f"the store holds activations of widths {tuple(part.d_in)}, the crosscoder expects {cc.d_in}")
-    if not 0 < share <= 1: raise BadInput(f"share is {share}: expected a share of the dictionary over 0, at most 1")
+    if candidates is not None and candidates < 1: raise BadInput(f"candidates is {candidates}: expected at least 1; for none, leave find_differences out")
     config, done = config or TrainConfig(), out and Path(out) / "placed.safetensors"
     if not cc.normalizer.fitted: cc.fit_normalizer(part)
     if done and done.exists(): return _placed_before(cc, done)
     m = moments(part)
     guess = Affine(m, cc.d_in)
     if max(guess.unexplained) > 0.5: guess = Network(m, cc.d_in, config.seed).fit(part, config, progress)
-    candidates = train_candidates(cc, part, guess, config, share, out, progress)
-    decided = drop_sums(decide(reach(candidates, part, guess, m)), candidates)
-    place(cc, candidates, decided, guess)
+    small = train_candidates(cc, part, guess, config, candidates, out, progress)
+    decided = drop_sums(decide(reach(small, part, guess, m)), small)
+    place(cc, small, decided, guess)
     decided.attrs = {"guess": type(guess).__name__.lower(), "unexplained_a": guess.unexplained[0], "unexplained_b": guess.unexplained[1]}
     if progress: print("difference: kept " + ", ".join(f"{(decided.kept & (decided.model == x)).sum()} for {x}" for x in "AB"))
     if done: _keep(cc, decided, done)
