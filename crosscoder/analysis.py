@@ -154,7 +154,7 @@ def _examples(f, part, where, examples): # a list of dicts for each feature
         out[feature].append({"row": row, "text": text, "position": position, "value": value, "source": source})
     return out
 
-# %% ../nbs/08_analysis.ipynb #2fdddc0c
+# %% ../nbs/08_analysis.ipynb #b68d9213
 EVIDENCE = [*(f"{name}{end}" for name in ("share", "nu_r", "nu_eps") for end in ("", "_low", "_high")), "reach_a", "reach_b", "stitched_a", "stitched_b", "mirror", "mirror_cosine"]
 
 def _labelled(cc, part, fit, q, counts, progress): # -> label and evidence of each feature, and what was done or why not
@@ -164,7 +164,8 @@ def _labelled(cc, part, fit, q, counts, progress): # -> label and evidence of ea
         return pd.concat([pd.Series(np.where(counts > 0, "undecided", "dead"), name="label"), nothing], axis=1), f"none: {e}"
     label = label_features(found, q).label.to_numpy()
     label = np.where(counts == 0, "dead", np.where(label == "dead", "undecided", label)) # it may have looked at fewer rows
-    return pd.concat([pd.Series(label, name="label"), found[["q_value", *EVIDENCE]].reset_index(drop=True)], axis=1), f"q <= {q}, probes fitted on {'the held-out rows themselves, across texts' if fit is None else 'other rows'}"
+    where = "the held-out rows themselves, across texts" if fit is None else "other rows"
+    return pd.concat([pd.Series(label, name="label"), found[["q_value", *EVIDENCE]].reset_index(drop=True)], axis=1), f"q <= {q}, probes fitted on {where}"
 
 def feature_table(cc,                      # a trained `CrossCoder`
                   part,                    # held-out part of a store, or a store

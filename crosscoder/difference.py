@@ -197,13 +197,12 @@ def drop_sums(decided: pd.DataFrame, candidates: CrossCoder, at_most: float = 0.
             else: taken.append(j)
     return out
 
-# %% ../nbs/07_difference.ipynb #f969c54a
+# %% ../nbs/07_difference.ipynb #10c3325a
 @torch.no_grad()
 def place(cc: CrossCoder,        # its normalizer fitted
           candidates: CrossCoder, decided: pd.DataFrame, guess):
     "Write the kept candidates into the last features of `cc`, in place, and hold them there."
-    n, (a, b), kept = cc.normalizer, cc.partition.channels, decided[decided.kept].sort_values("fired", ascending=False)
-    kept = kept.head(cc.n_shared)
+    n, kept = cc.normalizer, decided[decided.kept].sort_values("fired", ascending=False).head(cc.n_shared)
     which, at = torch.tensor(kept.index.to_numpy(dtype=int)), torch.arange(cc.dict_size - len(kept), cc.dict_size)
     is_a, directions = torch.tensor((kept.model == "A").to_numpy(dtype=bool)), [candidates.directions(m)[which].cpu() for m in range(2)]
     device, one_sided = cc.encoder.device, torch.cat([directions[0] * is_a[:, None], directions[1] * ~is_a[:, None]], 1)
