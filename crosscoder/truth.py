@@ -72,18 +72,17 @@ def planted_store(pair: PlantedPair, path, rows: int, seed: int = 0):
     chunks = [x.flatten(1) for _, x in zip(range(-(-rows // per)), pair.stream(per, seed))]
     return ActivationStore.from_tensors(path, [x.contiguous() for x in torch.cat(chunks)[:rows].split(pair.d_in, 1)], shard_rows=per)
 
-# %% ../nbs/11_truth.ipynb #ab2441b8
+# %% ../nbs/11_truth.ipynb #dd18ac39
 class View:
     "A linear map of the flat axis."
     def __init__(self, d, rows): # rows: 2 × 2 numbers, what each half of the view takes of each model
-        self.rows = torch.tensor(rows)
-        self.matrix = torch.kron(self.rows, torch.eye(d))
+        self.matrix = torch.kron(torch.tensor(rows), torch.eye(d))
     def __call__(self, x): return x @ self.matrix.T
 
 SUMS = ((0.5**0.5, 0.5**0.5), (0.5**0.5, -(0.5**0.5)))
 DIFFERENCE = ((1., -1.), (0., 0.))
 
-# %% ../nbs/11_truth.ipynb #0c58bb11
+# %% ../nbs/11_truth.ipynb #58ecb285
 @dataclass
 class Outcome:
     "What a method says of a planted pair."
@@ -94,43 +93,45 @@ class Outcome:
     l0: float              # features a row
     cc: CrossCoder | None = None # the dictionary, where it is one of [x_A, x_B]
 
+def _fve(x, recon): # both (rows, 2d) -> mean over both models
+    left, spread = ((y.square().sum(0)).view(2, -1).sum(1) for y in (x - recon, x - x.mean(0)))
+    return (1 - left / spread).mean().item()
+
 @torch.no_grad()
-def _held_out(cc, x): # (rows, Σd) -> dense features, fve as the mean of both halves
+def _held_out(cc, x): # (rows, Σd) -> dense features, fve
     codes = cc.codes(cc.normalizer(x))
-    left, spread = (x - cc.normalizer.undo(cc.reconstruct(codes))).square().sum(0), (x - x.mean(0)).square().sum(0)
-    return codes.dense(), sum((1 - left[c].sum() / spread[c].sum()).item() for c in cc.partition.channels) / 2
+    return codes.dense(), _fve(x, cc.normalizer.undo(cc.reconstruct(codes)))
 
 def _outcome(cc, x, called): # of a crosscoder of [x_A, x_B]; called: Outcome's, or a function of its directions
     f, fve = _held_out(cc, x)
     directions = cc.directions(0), cc.directions(1)
     return Outcome(directions, called(directions) if callable(called) else np.array(called), (f > 0).any(0), fve, (f > 0).sum(1).float().mean().item(), cc)
 
-def crosscoder(s: Setting, store, x: Tensor, exclusive=None, activation="batchtopk", l1=0., **_):
+def crosscoder(s: Setting, store, x: Tensor, exclusive=None, activation="batchtopk", l1=0.):
     "A crosscoder of both models. With a partition it says who owns a feature, without one the relative norm of the decoders does (0.2, 0.8)."
     config = s.config(sparsity_coef=l1, **({"aux_coef": 0.} if l1 else {}))
     cc, _ = train(s.crosscoder(exclusive, activation), store, config, progress=False)
     return _outcome(cc, x, cc.partition.labels() if exclusive else by_relative_norm)
 
-# %% ../nbs/11_truth.ipynb #b894dfc5
+# %% ../nbs/11_truth.ipynb #ba031169
 @torch.no_grad()
-def designated(s: Setting, store, x, own=0.1, **_):
+def designated(s: Setting, store, x, own=0.1):
     "A crosscoder most of whose features have one direction for both models; the others are called by their relative norm."
     norm, turn, n = s.crosscoder().fit_normalizer(store).normalizer, View(s.d, SUMS), round((1 - own) * s.dict_size)
     cc = CrossCoder((s.d,) * 2, s.dict_size, s.k, (n, 0), "batchtopk", "none", s.seed)
     train(cc, Residuals(store, lambda x: turn(norm(x))), s.config(), progress=False)
     codes = cc.codes(turn(norm(x)))
-    f, left, spread = codes.dense(), (x - norm.undo(turn(cc.reconstruct(codes)))).square().sum(0), (x - x.mean(0)).square().sum(0)
+    f, recon = codes.dense(), norm.undo(turn(cc.reconstruct(codes)))
     directions = (turn(cc.decoder) * norm.scale).split(s.d, 1)
     called = np.where(np.arange(s.dict_size) < n, "shared", by_relative_norm(directions))
-    fve = sum((1 - left[c].sum() / spread[c].sum()).item() for c in cc.partition.channels) / 2
-    return Outcome(directions, called, (f > 0).any(0), fve, (f > 0).sum(1).float().mean().item())
+    return Outcome(directions, called, (f > 0).any(0), _fve(x, recon), (f > 0).sum(1).float().mean().item())
 
 def _regressed(f, x, d): # what each model does on average when a feature fires: (n_features, d) of each
     f, x = f - f.mean(0), x - x.mean(0)
     return (f.T @ x / f.square().sum(0).clamp(min=1e-12)[:, None]).split(d, 1)
 
 @torch.no_grad()
-def difference(s: Setting, store, x, **_):
+def difference(s: Setting, store, x):
     "A dictionary of x_A - x_B; a feature is the model's whose activations move with it (regression of both, by relative norm)."
     view = View(s.d, DIFFERENCE)
     cc, _ = train(s.crosscoder(), Residuals(store, view), s.config(), progress=False)
@@ -138,14 +139,14 @@ def difference(s: Setting, store, x, **_):
     d = _regressed(f, x, s.d)
     return Outcome(d, by_relative_norm(d), (f > 0).any(0), float("nan"), (f > 0).sum(1).float().mean().item())
 
-def mean_difference(s: Setting, store, x, **_):
+def mean_difference(s: Setting, store, x):
     "The one direction of mean(x_A) - mean(x_B), once for each model."
     a, b = torch.cat(store.read(0, 100_000), 1).mean(0).split(s.d)
     d = torch.stack([a - b, b - a])
     return Outcome((d, d), np.array(["A", "B"]), torch.ones(2, dtype=torch.bool), float("nan"), float("nan"))
 
-# %% ../nbs/11_truth.ipynb #278dcb83
-def dictionary_learning(s: Setting, store, x, **_):
+# %% ../nbs/11_truth.ipynb #472611b3
+def dictionary_learning(s: Setting, store, x):
     "dictionary_learning's BatchTopKTrainer on the flat axis, called by relative norm; `None` where it is not installed."
     try: trainers = _need("dictionary_learning.trainers.batch_top_k", "")
     except NotInstalled: return None
@@ -154,15 +155,13 @@ def dictionary_learning(s: Setting, store, x, **_):
                          threshold_start_step=s.steps // 2, seed=s.seed, device="cpu")
     for i, batch in enumerate(Batches(store, s.batch, s.seed).stream(0, s.steps)): t.update(i, norm(torch.cat(batch, 1)))
     with torch.no_grad():
-        z = norm(x)
-        f = t.ae.encode(z, use_threshold=True)
-        left, spread = (x - norm.undo(t.ae.decode(f))).square().sum(0), (x - x.mean(0)).square().sum(0)
+        f = t.ae.encode(norm(x), use_threshold=True)
+        fve = _fve(x, norm.undo(t.ae.decode(f)))
         d = (t.ae.decoder.weight.T * norm.scale).split(s.d, 1)
-    fve = sum((1 - l.sum() / w.sum()).item() for l, w in zip(left.split(s.d), spread.split(s.d))) / 2
     return Outcome(d, by_relative_norm(d), (f > 0).any(0), fve, (f > 0).sum(1).float().mean().item())
 
-# %% ../nbs/11_truth.ipynb #e3a773aa
-def ours(s: Setting, store, x, **_):
+# %% ../nbs/11_truth.ipynb #67bed407
+def ours(s: Setting, store, x):
     "Features of what the other model cannot predict, then the rest; called by the evidence."
     cc = s.crosscoder()
     find_differences(cc, store, s.config(), progress=False)
