@@ -8,7 +8,7 @@ import torch
 from conftest import WORDS, cli, make_model
 
 from crosscoder import ActivationStore, BadInput, CrossCoder, ModelPair, TrainConfig, extract, train
-from crosscoder.texts import load_texts
+from crosscoder.data.embedded import load_texts
 
 TEXTS = [f"the cat sat on a {w}" for w in WORDS]
 
@@ -153,7 +153,7 @@ def test_pickle_is_never_run(tmp_path, capsys):
 
 
 def test_unfinished_run_with_other_settings(store, tmp_path):
-    from crosscoder.training import Callback
+    from crosscoder.training.loop import Callback
 
     class Stop(Callback):
         def after_step(self, trainer, metrics):

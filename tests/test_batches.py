@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from crosscoder import ActivationStore
-from crosscoder.batches import Batches
-from crosscoder.sparse import BadInput
+from crosscoder.data.batches import Batches
+from crosscoder.basics import BadInput
 
 ROWS, WIDTH = 2048, 1024  # a shard of 8 MiB: two models, bf16
 

@@ -17,9 +17,10 @@ import torch
 from conftest import HERE
 
 from crosscoder import ActivationStore, CrossCoder, PlantedPair, TrainConfig, train
-from crosscoder.cluster import local_store, run_on_ray
-from crosscoder.sweep import Cell, run_cells, run_cells_on_ray
-from crosscoder.training import Callback
+from crosscoder.sweep.cluster import local_store, run_on_ray
+from crosscoder.sweep.grid import RunSpec
+from crosscoder.sweep.runner import run_sweep, run_sweep_on_ray
+from crosscoder.training.loop import Callback
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install 'crosscoder[cluster]'")
 FILES = ("config.json", "metrics.jsonl", "model.safetensors")
@@ -176,15 +177,15 @@ def kill_one(runs, killed):
 
 
 def test_sweep_with_a_worker_killed(data, cluster, tmp_path):
-    "Cells of a grid, features of one model alone and labels included: the same table and the same files as `run_cells` makes."
+    "Cells of a grid, features of one model alone and labels included: the same table and the same files as `run_sweep` makes."
     store = ActivationStore(data / "store")
     common = {"dict_size": 64, "steps": 60, "batch_size": 200, "checkpoint_every": 10, "log_every": 5, "dead_after": 2000}
     kinds = {"plain": {"k": 3, "differences": 0}, "found": {"k": 3, "differences": 4}, "dfc": {"k": 4, "differences": 0, "exclusive": "0.1,0.1"}}
-    cells = [Cell(name, {**common, **kind}) for name, kind in kinds.items()]
-    alone = run_cells(cells, tmp_path / "alone", store, progress=False)
+    cells = [RunSpec(name, {**common, **kind}) for name, kind in kinds.items()]
+    alone = run_sweep(cells, tmp_path / "alone", store, progress=False)
     killed = []
     threading.Thread(target=kill_one, args=(tmp_path / "both/runs", killed), daemon=True).start()
-    table = run_cells_on_ray(cells, tmp_path / "both", store, tracker=SlowTracker, progress=False)
+    table = run_sweep_on_ray(cells, tmp_path / "both", store, tracker=SlowTracker, progress=False)
     assert killed and killed[0][0] in kinds
     pd.testing.assert_frame_equal(table, alone)
     files = lambda out: {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "runs").rglob("*")) if p.is_file()}

@@ -14,7 +14,7 @@ from conftest import HERE
 from safetensors.torch import load_file, save_file
 
 from crosscoder import BadInput, CrossCoder
-from crosscoder.formats import FORMATS, read_tensors, write_tensors
+from crosscoder.model.formats import FORMATS, read_tensors, write_tensors
 
 FILES = HERE / "fixtures" / "formats"
 REFUSED = {"llama_topk"}

@@ -14,7 +14,8 @@ from hub_server import card_faults, running
 
 from crosscoder import BadInput, CrossCoder, ModelPair
 from crosscoder import cli as command_line
-from crosscoder.hub import FILES, check_folder, model_card, publish, write_folder
+from crosscoder.publish.card import FILES, model_card
+from crosscoder.publish.hub import check_folder, publish, write_folder
 
 ME = {"hf_me": {"name": "me", "orgs": ["my-org"]}, "hf_reader": {"name": "me", "orgs": []}, "hf_you": {"name": "you", "orgs": []}}
 TEXT = "Use the search tool to find recent papers on RLHF"

@@ -14,7 +14,7 @@ import yaml
 from conftest import cli
 
 from crosscoder import ActivationStore, PlantedPair
-from crosscoder.sweep import card_cells
+from crosscoder.sweep.grid import card_specs
 
 GRID = {"settings": {"dict_size": 128, "steps": 300, "batch_size": 500, "differences": 0, "checkpoint_every": 20, "log_every": 10, "lr": "2e-3", "precision": "fp32"},
         "axes": {"k": [4, 8], "exclusive": ["0,0", "0.1,0.1"]}, "runs": [{"name": "hopeless", "lr": 1e30, "clip": 1e30, "seed": 1}]}
@@ -83,10 +83,10 @@ def test_the_names_of_the_card():
     assert {"cc-D16k-k90", "cc-D16k-nol1-k90", "dfc-D8k-excl5-k45", "dfc-D8k-excl5-freeexcl-k45"} <= set(names)
 
 
-@pytest.mark.parametrize("cell", card_cells(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", card_specs(), ids=lambda c: c.name)
 def test_hparams_of_the_card(cell, tmp_path):
     "Everything but the width is at full size; what the models are called comes from the store."
-    cc = cell.model((8, 8))
+    cc = cell.model().build((8, 8))
     cc.info |= {"models": ["chengq9/ToolRL-Qwen2.5-3B", "Qwen/Qwen2.5-3B"], "layer": 13, "wandb_project": "dfc-crosscoder-sweep", "train": vars(cell.training())}
     cc.fit_normalizer(torch.randn(64, 2, 8))
     cc.save(tmp_path, format="card")
@@ -159,7 +159,7 @@ def test_another_store_is_refused(setting, tmp_path):
 
 
 def test_every_run_is_logged(setting, tmp_path):
-    from crosscoder.tracking import read_offline
+    from crosscoder.training.tracking import read_offline
 
     root, _ = setting
     done = cli("sweep", root / "grid.yaml", "--out", tmp_path / "logged", "--store", root / "store", "--project", "p", env={**ENV, "WANDB_MODE": "offline"})

@@ -16,9 +16,9 @@ from conftest import HERE
 from matplotlib.figure import Figure
 
 from crosscoder import ActivationStore, CrossCoder, PlantedPair, TrainConfig, evaluate, train
-from crosscoder.sparse import BadInput
-from crosscoder.tracking import WandB, agent, definition, offline_files, read_offline
-from crosscoder.training import train_many
+from crosscoder.basics import BadInput
+from crosscoder.training.tracking import agent, definition, offline_files, read_offline, WandB
+from crosscoder.training.loop import train_many
 
 wandb = pytest.importorskip("wandb")
 OWNER = {"id": "owner", "name": "someone"}

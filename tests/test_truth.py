@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from crosscoder import ActivationStore
-from crosscoder.difference import find_differences
-from crosscoder.evidence import evidence, label_features
-from crosscoder.synthetic import planted_scores
-from crosscoder.training import train
-from crosscoder.truth import Setting, planted_store, run
+from crosscoder.training.exclusive import find_differences
+from crosscoder.analysis.evidence import evidence, label_features
+from crosscoder.data.planted import planted_scores
+from crosscoder.training.loop import train
+from crosscoder.research.truth import planted_store, run, Setting
 
 SMALL = {"steps": 1000, "rows": 150_000}
 PLAIN = "crosscoder, batch top-k"
@@ -53,11 +53,11 @@ def test_a_model_against_itself(tmp_path, turned):
 
 def test_a_truth_that_is_wrong_is_noticed(table, tmp_path):
     "The scores are not flattering by construction: the same dictionary against another pair finds nothing."
-    from crosscoder.model import _load_own
+    from crosscoder.model.crosscoder import load_native
 
     out = tmp_path / "other"
     s = Setting(geometry="near", **SMALL)
     run(s, (PLAIN,), out, 5000, 5000)
-    cc = _load_own(next(out.glob("*/*.safetensors")))
+    cc = load_native(next(out.glob("*/*.safetensors")))
     scores = planted_scores(Setting(geometry="near", seed=1).pair(), cc, ["shared"] * s.dict_size)
     assert scores["recovered"] < 0.05
