@@ -30,8 +30,12 @@ _WHERE = {
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = list(_MODULE)
 
-def __getattr__(name): # a public name, loaded when it is first asked for
-    if name not in _MODULE: raise AttributeError(f"module 'crosscoder' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+def __getattr__(name):  # a public name, loaded when it is first asked for
+    if name not in _MODULE:
+        raise AttributeError(f"module 'crosscoder' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"crosscoder.{_MODULE[name]}"), name)
 
-def __dir__(): return sorted([*globals(), *__all__])
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -25,8 +25,8 @@ from .basics import BadInput, write_atomic
 from .folder import REPORT
 from .research.rivals import timed
 from crosscoder.run.pipeline import (
-    ExtractConfig,
     PRESETS,
+    ExtractConfig,
     PairConfig,
     RepeatConfig,
     SplitConfig,
@@ -42,12 +42,12 @@ from crosscoder.run.pipeline import (
     training_device,
 )
 from .run.run import Run
-from .sweep.grid import card_specs, check_specs, read_grid, RunSpec
+from .sweep.grid import RunSpec, card_specs, check_specs, read_grid
 from .sweep.runner import DONE, run_sweep, run_sweep_on_ray, track
 from .training.config import CARD_PROJECT, ModelConfig, TrainConfig
 
 # %% ../nbs/80_cli.ipynb #dc926850
-def _options(*classes): # parameters of a command, one for each field
+def _options(*classes):  # parameters of a command, one for each field
     for cls in classes:
         docs = docments(cls, full=True)
         for f in fields(cls):
@@ -56,28 +56,44 @@ def _options(*classes): # parameters of a command, one for each field
             text = f"{docs[f.name].docment} [dim]\\[{'default: ' + str(default) if default is not None else 'not set'}][/dim]"
             # a switch of ours, not two words for one field
             names = [f"--{f.name.replace('_', '-')}" + (f"/--no-{f.name.replace('_', '-')}" if kind is bool else "")]
-            annotation = Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=cls.__doc__, show_default=False)]
+            annotation = Annotated[
+                kind | None, typer.Option(*names, help=text, rich_help_panel=cls.__doc__, show_default=False)
+            ]
             yield inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 # %% ../nbs/80_cli.ipynb #018c0fb9
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
-                  help="git diff for language models: what did this fine-tune change?\n\n"
-                       "Start with [bold]crosscoder diff[/bold]: with no argument it compares an embedded pair, in a few minutes on two cores.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="git diff for language models: what did this fine-tune change?\n\n"
+    "Start with [bold]crosscoder diff[/bold]: with no argument it compares an embedded pair, in a few minutes on two cores.",
+)
 
-def command(name, *classes): # a command of `app` with the fields of `classes` as options
+
+def command(name, *classes):  # a command of `app` with the fields of `classes` as options
     def wrap(f):
         @wraps(f)
         def run(**given):
             own = {k: given.pop(k) for k in list(given) if k in inspect.signature(f).parameters}
-            try: f(given, **own)
-            except BadInput as e: _stop(str(e), 2)
-            except KeyboardInterrupt: _stop("stopped. What was finished is kept; the same command goes on from there", 130)
+            try:
+                f(given, **own)
+            except BadInput as e:
+                _stop(str(e), 2)
+            except KeyboardInterrupt:
+                _stop("stopped. What was finished is kept; the same command goes on from there", 130)
+
         own = [p for p in inspect.signature(f).parameters.values() if p.name != "given"]
-        run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + list(_options(*classes)))
+        run.__signature__ = inspect.Signature(
+            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + list(_options(*classes))
+        )
         run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
         del run.__wrapped__
         return app.command(name)(run)
+
     return wrap
+
 
 def _stop(message, code):
     typer.secho(f"crosscoder: {message}", err=True, fg="red" if code == 2 else None)
@@ -85,11 +101,28 @@ def _stop(message, code):
 
 # %% ../nbs/80_cli.ipynb #7dbbfc99
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run.", rich_help_panel="The run.")]
-Preset = Annotated[str, typer.Option(help="Where settings that are not given come from: default, or card (the published ToolRL-Qwen2.5-3B recipe).", rich_help_panel="The run.")]
-UseWandb = Annotated[bool, typer.Option(help="Log to Weights & Biases: online when logged in, else into the run's folder.", rich_help_panel="The run.")]
-Project = Annotated[str | None, typer.Option(help="Project on Weights & Biases. [dim]\\[default: crosscoder; dfc-crosscoder-sweep for the card's preset][/dim]",
-                                                 rich_help_panel="The run.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="Where settings that are not given come from: default, or card (the published ToolRL-Qwen2.5-3B recipe).",
+        rich_help_panel="The run.",
+    ),
+]
+UseWandb = Annotated[
+    bool,
+    typer.Option(
+        help="Log to Weights & Biases: online when logged in, else into the run's folder.", rich_help_panel="The run."
+    ),
+]
+Project = Annotated[
+    str | None,
+    typer.Option(
+        help="Project on Weights & Biases. [dim]\\[default: crosscoder; dfc-crosscoder-sweep for the card's preset][/dim]",
+        rich_help_panel="The run.",
+    ),
+]
 RUN = Path("runs/default")
+
 
 @command("diff", PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig, RepeatConfig)
 def diff_command(given, out: Out = RUN, preset: Preset = "default", wandb: UseWandb = True, project: Project = None):
@@ -109,28 +142,46 @@ def extract_command(given, out: Out = RUN, preset: Preset = "default"):
     "Run the texts through both models and keep their activations."
     print(repr(extract_stage(out, resolve(given, preset))))
 
+
 @command("train", SplitConfig, ModelConfig, TrainConfig, RepeatConfig)
-def train_command(given, out: Out = RUN, preset: Preset = "default", wandb: UseWandb = True, project: Project = None,
-           device: Annotated[str | None, typer.Option(help="Where to train, e.g. cuda.", rich_help_panel="The run.")] = None):
+def train_command(
+    given,
+    out: Out = RUN,
+    preset: Preset = "default",
+    wandb: UseWandb = True,
+    project: Project = None,
+    device: Annotated[str | None, typer.Option(help="Where to train, e.g. cuda.", rich_help_panel="The run.")] = None,
+):
     "Train a crosscoder on the run's activations."
     print(repr(train_stage(out, resolve({**given, "project": project, "device": device}, preset), wandb)))
+
 
 @command("evaluate")
 def evaluate_command(given, out: Out = RUN):
     "Measure on held-out texts what the run's crosscoder explains."
-    for key, value in evaluate_stage(out).items(): print(f"  {key:15} {value:,}" if isinstance(value, int) else f"  {key:15} {value:.4f}")
+    for key, value in evaluate_stage(out).items():
+        print(f"  {key:15} {value:,}" if isinstance(value, int) else f"  {key:15} {value:.4f}")
 
 # %% ../nbs/80_cli.ipynb #7a2220e2
 @command("features")
-def features_command(given, out: Out = RUN,
-             show: Annotated[int, typer.Option(help="How many features of each source to print, those with the highest AUROC.")] = 10):
+def features_command(
+    given,
+    out: Out = RUN,
+    show: Annotated[
+        int, typer.Option(help="How many features of each source to print, those with the highest AUROC.")
+    ] = 10,
+):
     "One row a feature: partition, norms, rates per source, examples."
-    from crosscoder.data.store import ActivationStore
     from crosscoder.analysis.examples import describe_features
+    from crosscoder.data.store import ActivationStore
+
     table = features_stage(out)
     store = Run(out).store
     for column in sorted(c for c in table.columns if c.startswith("auroc_")):
-        print(f"\n== most typical of {column[6:]}\n\n{describe_features(table, store, table[column].nlargest(show).index)}")
+        print(
+            f"\n== most typical of {column[6:]}\n\n{describe_features(table, store, table[column].nlargest(show).index)}"
+        )
+
 
 @command("report")
 def report_command(given, out: Out = RUN):
@@ -140,49 +191,100 @@ def report_command(given, out: Out = RUN):
 # %% ../nbs/80_cli.ipynb #ea2e0ba4
 SWEEP = Path("runs/sweep")
 
-def _cells(grid, preset, scale, axes, given): # what is asked for, as cells
-    if preset not in PRESETS: raise BadInput(f"preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
-    asked = [what for what, is_so in (("a YAML file", grid), ("axes", axes), ("--preset card", preset == "card")) if is_so]
-    if len(asked) != 1: raise BadInput(f"a sweep needs one grid: a YAML file, --axis \"k=16 32\" or --preset card; found {' and '.join(asked) or 'none'}")
-    if scale != 1 and preset != "card": raise BadInput("scale makes the card's sweep smaller: it goes with --preset card")
+
+def _cells(grid, preset, scale, axes, given):  # what is asked for, as cells
+    if preset not in PRESETS:
+        raise BadInput(f"preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
+    asked = [
+        what for what, is_so in (("a YAML file", grid), ("axes", axes), ("--preset card", preset == "card")) if is_so
+    ]
+    if len(asked) != 1:
+        raise BadInput(
+            f'a sweep needs one grid: a YAML file, --axis "k=16 32" or --preset card; found {" and ".join(asked) or "none"}'
+        )
+    if scale != 1 and preset != "card":
+        raise BadInput("scale makes the card's sweep smaller: it goes with --preset card")
     if axes:
         found = list(map(_axis, axes))
         if twice := [name for name, _ in found if [n for n, _ in found].count(name) > 1]:
-            raise BadInput(f"the axis {twice[0]} is given twice: put all its values into one, as in --axis \"k=16 32 64\"")
+            raise BadInput(
+                f'the axis {twice[0]} is given twice: put all its values into one, as in --axis "k=16 32 64"'
+            )
         grid = {"axes": dict(found)}
     cells = card_specs(scale) if preset == "card" else read_grid(grid)
-    changes = {key: value for key, value in given.items() if key in cells[0].settings and value is not None} if cells else {}
+    changes = (
+        {key: value for key, value in given.items() if key in cells[0].settings and value is not None} if cells else {}
+    )
     return [c.replace(**changes) for c in cells]
 
-def _axis(text): # "k=16 32" -> "k", ["16", "32"]
+
+def _axis(text):  # "k=16 32" -> "k", ["16", "32"]
     name, _, values = text.partition("=")
-    if not (name and values.split()): raise BadInput(f"axis {text!r}: expected a setting and its values, as in --axis \"k=16 32 64\"")
+    if not (name and values.split()):
+        raise BadInput(f'axis {text!r}: expected a setting and its values, as in --axis "k=16 32 64"')
     return name.strip().replace("-", "_"), values.split()
 
 # %% ../nbs/80_cli.ipynb #c39c2861
-def _of_sweep(kind, text, *names, panel="The sweep.", **kwargs): return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel, **kwargs)]
+def _of_sweep(kind, text, *names, panel="The sweep.", **kwargs):
+    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel, **kwargs)]
 
-Axis = _of_sweep(list[str] | None, "An axis of the grid, as in --axis \"k=16 32 64\"; once for each.", show_default=False)
+
+Axis = _of_sweep(list[str] | None, 'An axis of the grid, as in --axis "k=16 32 64"; once for each.', show_default=False)
 Sweep = _of_sweep(str, "card: the 48 runs that the published ToolRL-Qwen2.5-3B crosscoder is one of.")
-Scale = _of_sweep(float, "The card's sweep made smaller: dictionary, k and steps times this, the learning rate divided by it; on the embedded pair unless models are named.")
+Scale = _of_sweep(
+    float,
+    "The card's sweep made smaller: dictionary, k and steps times this, the learning rate divided by it; on the embedded pair unless models are named.",
+)
 List = _of_sweep(bool, "Print the names of the runs, one a line, and do nothing.", "--list")
 SweepOut = _of_sweep(Path, "Folder of the sweep. The same command goes on with what is there.", "--out")
-Store = _of_sweep(str | None, "Activations that are there, as in runs/default/activations, or on a cluster as in s3://bucket/activations; "
-                              "extracted into the sweep's folder by default.", show_default=False)
-Ray = _of_sweep(str | None, "Run on a Ray cluster, each run a task: its address, auto for the one this machine is in, or local for this machine alone. "
-                            "Needs pip install 'crosscoder\\[cluster]'.", panel="Clusters.", show_default=False)
+Store = _of_sweep(
+    str | None,
+    "Activations that are there, as in runs/default/activations, or on a cluster as in s3://bucket/activations; "
+    "extracted into the sweep's folder by default.",
+    show_default=False,
+)
+Ray = _of_sweep(
+    str | None,
+    "Run on a Ray cluster, each run a task: its address, auto for the one this machine is in, or local for this machine alone. "
+    "Needs pip install 'crosscoder\\[cluster]'.",
+    panel="Clusters.",
+    show_default=False,
+)
 Cpus = _of_sweep(float, "CPUs, and threads, of a run on the cluster.", panel="Clusters.")
 Gpus = _of_sweep(float, "GPUs of a run on the cluster; below 1, several runs share one.", panel="Clusters.")
-Runs = _of_sweep(str | None, "URL where the cluster's runs put their files, as in s3://bucket/folder; by default a folder in --out that all nodes see.",
-                 panel="Clusters.", show_default=False)
-Agent = _of_sweep(str | None, "Let a W&B sweep say which runs to do: its id (owner/project/id), or new to make one of this grid.", panel="The run.", show_default=False)
+Runs = _of_sweep(
+    str | None,
+    "URL where the cluster's runs put their files, as in s3://bucket/folder; by default a folder in --out that all nodes see.",
+    panel="Clusters.",
+    show_default=False,
+)
+Agent = _of_sweep(
+    str | None,
+    "Let a W&B sweep say which runs to do: its id (owner/project/id), or new to make one of this grid.",
+    panel="The run.",
+    show_default=False,
+)
 GridFile = Annotated[Path | None, typer.Argument(help="YAML file with settings, axes and runs.", show_default=False)]
 
 # %% ../nbs/80_cli.ipynb #a57b6384
 @command("sweep", PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig)
-def sweep_command(given, grid: GridFile = None, axis: Axis = None, preset: Sweep = "default", scale: Scale = 1.0, list_: List = False, out: SweepOut = SWEEP,
-                  store: Store = None, ray: Ray = None, cpus: Cpus = 1, gpus: Gpus = 0, runs: Runs = None, wandb: UseWandb = True, project: Project = None,
-                  wandb_agent: Agent = None):
+def sweep_command(
+    given,
+    grid: GridFile = None,
+    axis: Axis = None,
+    preset: Sweep = "default",
+    scale: Scale = 1.0,
+    list_: List = False,
+    out: SweepOut = SWEEP,
+    store: Store = None,
+    ray: Ray = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0,
+    runs: Runs = None,
+    wandb: UseWandb = True,
+    project: Project = None,
+    wandb_agent: Agent = None,
+):
     """Train a grid of crosscoders over one store, and say what each axis does.
 
     crosscoder sweep --preset card --scale 0.1 is the published sweep of 48 at a tenth of its size, on the embedded pair.
@@ -191,110 +293,175 @@ def sweep_command(given, grid: GridFile = None, axis: Axis = None, preset: Sweep
     Start it again after whatever happened to it: what is done is not done again, what was cut off goes on, what failed is tried once more.
     """
     s = resolve({**given, "project": project}, "card" if preset == "card" and scale == 1 else "default")
-    if preset == "card": s["project"] = project or CARD_PROJECT
+    if preset == "card":
+        s["project"] = project or CARD_PROJECT
     cells = [] if wandb_agent and not (grid or axis or preset == "card") else _cells(grid, preset, scale, axis, given)
-    if cells or not wandb_agent: check_specs(cells)
+    if cells or not wandb_agent:
+        check_specs(cells)
     _check_cluster(ray, cpus, gpus, runs, wandb_agent, given.get("device"))
-    if list_: return print("\n".join(c.name for c in cells))
+    if list_:
+        return print("\n".join(c.name for c in cells))
     source, store = store, _sweep_store(out, store, s)
-    tracker = partial(track, project=s["project"], group=s["project"] if preset == "card" else Path(out).name) if wandb else None
+    tracker = (
+        partial(track, project=s["project"], group=s["project"] if preset == "card" else Path(out).name)
+        if wandb
+        else None
+    )
     where = dict(out=out, store=store, test=s["test"], split_seed=s["split_seed"], tracker=tracker)
-    if wandb_agent: return _serve(wandb_agent, cells, _base(preset, scale, given), s["project"], where, training_device(s))
-    if ray: table = run_sweep_on_ray(cells, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=source and _everywhere(source))
-    else: table = run_sweep(cells, **where, device=training_device(s))
+    if wandb_agent:
+        return _serve(wandb_agent, cells, _base(preset, scale, given), s["project"], where, training_device(s))
+    if ray:
+        table = run_sweep_on_ray(
+            cells, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=source and _everywhere(source)
+        )
+    else:
+        table = run_sweep(cells, **where, device=training_device(s))
     do_axes(out, table)
-    if failed := (table.state == "failed").sum(): _stop(f"{failed} of {len(table)} runs failed, see above", 1)
+    if failed := (table.state == "failed").sum():
+        _stop(f"{failed} of {len(table)} runs failed, see above", 1)
 
 # %% ../nbs/80_cli.ipynb #e5bb1edd
-def _check_cluster(ray, cpus, gpus, runs, agent, device): # options that would do nothing
-    if ray == "": raise BadInput("--ray is empty: expected an address, auto or local")
-    if ray and agent: raise BadInput("--wandb-agent does its trials on this machine: leave out --ray")
-    if ray and device: raise BadInput("--device is for this machine: on a cluster, --gpus says what a run gets")
-    if not ray and (runs or gpus or cpus != 1): raise BadInput("--cpus, --gpus and --runs are for a cluster: give its address with --ray")
+def _check_cluster(ray, cpus, gpus, runs, agent, device):  # options that would do nothing
+    if ray == "":
+        raise BadInput("--ray is empty: expected an address, auto or local")
+    if ray and agent:
+        raise BadInput("--wandb-agent does its trials on this machine: leave out --ray")
+    if ray and device:
+        raise BadInput("--device is for this machine: on a cluster, --gpus says what a run gets")
+    if not ray and (runs or gpus or cpus != 1):
+        raise BadInput("--cpus, --gpus and --runs are for a cluster: give its address with --ray")
 
-def _sweep_store(out, path, s): # the activations that all runs read
+
+def _sweep_store(out, path, s):  # the activations that all runs read
     from crosscoder.data.store import ActivationStore
     from crosscoder.sweep.cluster import local_store
-    if path: return ActivationStore(local_store(path))
+
+    if path:
+        return ActivationStore(local_store(path))
     store = timed("activations", extract_stage, out, s)
-    gc.collect() # the language models go before training begins
+    gc.collect()  # the language models go before training begins
     return store
 
-def _everywhere(path): return path if "://" in path else str(Path(path).absolute()) # nodes have other working folders
+
+def _everywhere(path):
+    return path if "://" in path else str(Path(path).absolute())  # nodes have other working folders
 
 # %% ../nbs/80_cli.ipynb #487db142
-def do_axes(out, table): # -> what each axis does, as text; `table` from `sweep_table`
+def do_axes(out, table):  # -> what each axis does, as text; `table` from `sweep_table`
     "Table, figures and words of a sweep, into its folder."
     from crosscoder.sweep.effects import describe, effects, plot_effects
+
     write_atomic(Path(out) / "table.csv", table.to_csv(index=False))
-    print(table.drop(columns=["fve_a", "fve_b", "labelled", "error"]).to_string(index=False, float_format="{:.4g}".format))
+    print(
+        table.drop(columns=["fve_a", "fve_b", "labelled", "error"]).to_string(index=False, float_format="{:.4g}".format)
+    )
     for name, error in zip(table.name, table.error):
-        if error: print(f"{name} failed: {error}")
-    if (table.state == "done").sum() < 2: return
+        if error:
+            print(f"{name} failed: {error}")
+    if (table.state == "done").sum() < 2:
+        return
     found = effects(table)
     write_atomic(Path(out) / "effects.csv", found.to_csv(index=False))
-    for name, figure in {**_overviews(table), "effects": plot_effects(found)}.items(): figure.savefig(Path(out) / f"{name}.png", dpi=150, bbox_inches="tight")
+    for name, figure in {**_overviews(table), "effects": plot_effects(found)}.items():
+        figure.savefig(Path(out) / f"{name}.png", dpi=150, bbox_inches="tight")
     print(f"\n{describe(found)}\n\nLook at {(Path(out) / 'front.png').resolve()}, effects.png and settings.png")
 
-def _overviews(table): # figures of all runs: what varies most in colours, k in panels where it pins L0
-    from crosscoder.sweep.effects import COLUMNS, plot_front, plot_settings, SEEDS
+
+def _overviews(table):  # figures of all runs: what varies most in colours, k in panels where it pins L0
+    from crosscoder.sweep.effects import COLUMNS, SEEDS, plot_front, plot_settings
+
     axes = sorted((c for c in table if c not in COLUMNS and c not in ("k", *SEEDS)), key=lambda c: -table[c].nunique())
     panel = "k" if "k" in table and table.attrs["constant"].get("activation") == "topk" else None
     called = [m for m in ("labelled_a", "labelled_b") if table[m].max() > 0]
     return {"front": plot_front(table, *axes[:2], panel=panel), "settings": plot_settings(table, ("dead", *called))}
 
 # %% ../nbs/80_cli.ipynb #7d913352
-def _base(preset, scale, given): # settings that a trial of a W&B sweep starts from
+def _base(preset, scale, given):  # settings that a trial of a W&B sweep starts from
     cell = next(c for c in card_specs(scale) if c.name == "cc-D16k-k90") if preset == "card" else RunSpec("trial")
     return cell.replace(**{key: value for key, value in given.items() if key in cell.settings and value is not None})
 
-def _serve(sweep, cells, base, project, where, device): # `where`: arguments of `run_sweep`
+
+def _serve(sweep, cells, base, project, where, device):  # `where`: arguments of `run_sweep`
     from crosscoder.folder import load_table
     from crosscoder.training.tracking import agent, definition
+
     if sweep == "new":
-        if not cells: raise BadInput("a new W&B sweep needs a grid: a YAML file, --axis or --preset card")
+        if not cells:
+            raise BadInput("a new W&B sweep needs a grid: a YAML file, --axis or --preset card")
         sweep = definition(cells, Path(where["out"]).name)
     named = {c.name: c for c in cells}
+
     def trial(name, settings):
         if "cell" in settings and settings["cell"] not in named:
-            raise BadInput(f"the W&B sweep asks for the cell {settings['cell']!r}, and the grid has {', '.join(named) or 'none'}")
+            raise BadInput(
+                f"the W&B sweep asks for the cell {settings['cell']!r}, and the grid has {', '.join(named) or 'none'}"
+            )
         cell = named[settings["cell"]] if "cell" in settings else base.replace(name=f"{base.name}-{name}", **settings)
         table = run_sweep([cell], **where, device=device, progress=False).set_index("name").loc[cell.name]
-        if table.state != "done": raise BadInput(table.error)
-        if where["tracker"]: # a run that was done before W&B asked for it
+        if table.state != "done":
+            raise BadInput(table.error)
+        if where["tracker"]:  # a run that was done before W&B asked for it
             folder = Path(where["out"]) / "runs" / cell.name
-            where["tracker"](cell, folder).results(json.loads((folder / "evaluation.json").read_text()), load_table(folder / DONE))
+            where["tracker"](cell, folder).results(
+                json.loads((folder / "evaluation.json").read_text()), load_table(folder / DONE)
+            )
+
     ended = agent(sweep, trial, where["out"], project, known=["cell", *base.settings])
     print(f"{len(ended)} trials, {sum(e is not None for e in ended.values())} of them failed")
 
 # %% ../nbs/80_cli.ipynb #ece3976d
 @command("publish")
-def publish_command(given,
-                    run: Annotated[Path, typer.Argument(help="Folder of a finished run, of a sweep, or one that was written before.", show_default=False)],
-                    repo: Annotated[str, typer.Option(help="owner/name on the hub; for a sweep the owner alone.", show_default=False)],
-                    private: Annotated[bool, typer.Option("--private", help="Only you and those you let in can see it.")] = False,
-                    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder and say what would be done; ask nothing of the network.")] = False,
-                    title: Annotated[str | None, typer.Option(help="Heading of the card, or name of the sweep's collection. [dim]\\[default: the name][/dim]")] = None,
-                    licence: Annotated[str | None, typer.Option(help="The licence, by the hub's identifier. [dim]\\[default: mit][/dim]")] = None,
-                    author: Annotated[str | None, typer.Option(help="Author in the citation. [dim]\\[default: the owner][/dim]")] = None):
+def publish_command(
+    given,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a finished run, of a sweep, or one that was written before.", show_default=False
+        ),
+    ],
+    repo: Annotated[str, typer.Option(help="owner/name on the hub; for a sweep the owner alone.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Only you and those you let in can see it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the folder and say what would be done; ask nothing of the network.")
+    ] = False,
+    title: Annotated[
+        str | None,
+        typer.Option(help="Heading of the card, or name of the sweep's collection. [dim]\\[default: the name][/dim]"),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="The licence, by the hub's identifier. [dim]\\[default: mit][/dim]")
+    ] = None,
+    author: Annotated[
+        str | None, typer.Option(help="Author in the citation. [dim]\\[default: the owner][/dim]")
+    ] = None,
+):
     """Publish a run on the Hugging Face hub, with a card made of its own numbers; a sweep as a collection.
 
     You need to be logged in (hf auth login, or HF_TOKEN). An upload that was interrupted goes on.
     """
     from crosscoder.publish.hub import publish, publish_sweep
+
     send = publish_sweep if (run / "sweep.json").exists() else publish
     said = send(run, repo, private, dry_run, title=title, licence=licence, author=author)
-    if dry_run and (run / "hub/README.md").exists(): print((run / "hub/README.md").read_text())
+    if dry_run and (run / "hub/README.md").exists():
+        print((run / "hub/README.md").read_text())
     print(said)
 
 # %% ../nbs/80_cli.ipynb #c44653a1
 @command("bench")
-def bench_command(given,
-                  out: Annotated[Path, typer.Option("--out", help="Folder for bench.json and the plots.")] = Path("runs/bench"),
-                  device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
-                  quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute, to see that it works.")] = False,
-                  only: Annotated[str, typer.Option(help="Which measurements, as in step,floor,memory; all by default.", show_default=False)] = ""):
+def bench_command(
+    given,
+    out: Annotated[Path, typer.Option("--out", help="Folder for bench.json and the plots.")] = Path("runs/bench"),
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute, to see that it works.")] = False,
+    only: Annotated[
+        str, typer.Option(help="Which measurements, as in step,floor,memory; all by default.", show_default=False)
+    ] = "",
+):
     "Measure how fast training is on this machine, beside other projects' trainers where they are installed (pip install 'crosscoder\\[speed]')."
     from crosscoder.research.rivals import BenchConfig
     from crosscoder.research.speed import run_bench
-    run_bench(out, (BenchConfig.quick if quick else BenchConfig)(device=device), [name for name in only.split(",") if name])
+
+    run_bench(
+        out, (BenchConfig.quick if quick else BenchConfig)(device=device), [name for name in only.split(",") if name]
+    )

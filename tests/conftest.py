@@ -1,4 +1,5 @@
 "A tiny pair in folders and tiny local files with the schemas of the card's data sets, shared by all tests."
+
 import json
 import os
 import sys
@@ -20,9 +21,17 @@ def make_tokenizer(folder, words=WORDS):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tok.train_from_iterator([f"{w} {w}" for w in words], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHAT)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHAT
+    )
     fast.save_pretrained(folder)
     return len(fast)
 
@@ -34,8 +43,16 @@ def make_model(folder, seed, d=16, layers=4, words=WORDS):
 
     n = make_tokenizer(folder, words)
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=n, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-                         bos_token_id=None, eos_token_id=0)
+    config = Qwen2Config(
+        vocab_size=n,
+        hidden_size=d,
+        intermediate_size=2 * d,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
@@ -54,11 +71,31 @@ def files(tmp_path_factory):
 
     root, rng = tmp_path_factory.mktemp("files"), random.Random(0)
     words = lambda n: " ".join(rng.choice(WORDS) for _ in range(n))
-    web = [{"text": words(rng.randint(5, 40)), "id": f"<urn:{i}>", "dump": "CC", "url": "u", "date": "d", "file_path": "p", "language": "en",
-            "language_score": 0.9, "token_count": 9} for i in range(60)]
-    tools = [{"instruction": f"tool {words(8)}", "input": f"<user> {words(6)} </user>", "output": f"<think> {words(5)} </think> <tool_call> {words(4)} </tool_call>"}
-             for _ in range(20)]
-    web[7]["text"] += ' <script>document.title = "taken over"</script> <img src=x onerror="document.title=1"> </style> \x1b[31m'
+    web = [
+        {
+            "text": words(rng.randint(5, 40)),
+            "id": f"<urn:{i}>",
+            "dump": "CC",
+            "url": "u",
+            "date": "d",
+            "file_path": "p",
+            "language": "en",
+            "language_score": 0.9,
+            "token_count": 9,
+        }
+        for i in range(60)
+    ]
+    tools = [
+        {
+            "instruction": f"tool {words(8)}",
+            "input": f"<user> {words(6)} </user>",
+            "output": f"<think> {words(5)} </think> <tool_call> {words(4)} </tool_call>",
+        }
+        for _ in range(20)
+    ]
+    web[7]["text"] += (
+        ' <script>document.title = "taken over"</script> <img src=x onerror="document.title=1"> </style> \x1b[31m'
+    )
     for name, rows in {"fineweb": web, "toolrl": tools}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return root

@@ -5,6 +5,7 @@
 Forks from a process that has everything imported and the models loaded, and has computed nothing, so a start costs milliseconds. Prints how often it killed, how many of the
 kills came when something, but not all, was on disk, and how long a start takes that finds nothing to do, and how long the last one before it took.
 """
+
 import json
 import os
 import random
@@ -41,7 +42,8 @@ def attempt(limit):
     "Run the stage in a child; kill it after `limit` seconds. True if it finished."
     pid = os.fork()
     if pid == 0:
-        try: work()
+        try:
+            work()
         except BaseException:
             import traceback
 
@@ -52,7 +54,8 @@ def attempt(limit):
     while limit is None or time.monotonic() - start < limit:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            if status: sys.exit(f"the stage failed with status {status}")
+            if status:
+                sys.exit(f"the stage failed with status {status}")
             return True
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
@@ -62,7 +65,15 @@ def attempt(limit):
 
 def halfway():
     "Is a part of the result on disk?"
-    if stage == "train": return any((out / f).exists() for f in ("checkpoint/state.safetensors", "difference/checkpoint/state.safetensors", "difference/model.safetensors"))
+    if stage == "train":
+        return any(
+            (out / f).exists()
+            for f in (
+                "checkpoint/state.safetensors",
+                "difference/checkpoint/state.safetensors",
+                "difference/model.safetensors",
+            )
+        )
     manifest = out / "manifest.json"
     return manifest.exists() and not json.loads(manifest.read_text())["complete"]
 
@@ -75,10 +86,15 @@ def clock():
 
 
 rng, killed, mid = random.Random(seed), 0, 0
-setup, whole = map(float, os.environ.get("SECONDS", "0 0").split())  # of a start that finds nothing to do, and of one that does everything
+setup, whole = map(
+    float, os.environ.get("SECONDS", "0 0").split()
+)  # of a start that finds nothing to do, and of one that does everything
 while killed < kills:
-    limit = setup + rng.uniform(0, 3 * (whole - setup) / kills) if killed % 2 else rng.uniform(0, setup)  # in the work; while it starts
-    if attempt(limit): break
+    limit = (
+        setup + rng.uniform(0, 3 * (whole - setup) / kills) if killed % 2 else rng.uniform(0, setup)
+    )  # in the work; while it starts
+    if attempt(limit):
+        break
     killed, mid = killed + 1, mid + halfway()
 whole = clock()
 print(f"killed {killed} times, {mid} of them halfway; {clock():.3f} {whole:.3f}")

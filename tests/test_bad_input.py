@@ -1,4 +1,5 @@
 "Everything that can be given wrongly, and what is said: one message, exit code 2, nothing lost."
+
 import builtins
 import json
 import shutil
@@ -14,7 +15,8 @@ TEXTS = [f"the cat sat on a {w}" for w in WORDS]
 
 
 def refuses(part, f):
-    with pytest.raises(BadInput) as e: f()
+    with pytest.raises(BadInput) as e:
+        f()
     assert part in str(e.value), str(e.value)
     return str(e.value)
 
@@ -24,17 +26,20 @@ def store(pair, tmp_path):
     return extract(pair, TEXTS, tmp_path / "store", layer=2, tokens="all", shard_rows=50, progress=False)
 
 
-@pytest.mark.parametrize("args, part", [
-    (["--model-a", "/no/such/model", "--model-b", "/no/such/model"], "/no/such/model"),
-    (["--model-a", "A", "--model-b", "B", "--layer", 9], "0 to 3"),
-    (["--model-a", "A", "--model-b", "OTHER"], "tokenizers"),
-    (["--model-a", "A", "--model-b", "B", "--texts", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--model-a", "A", "--model-b", "B", "--texts", "FILES/fineweb.jsonl", "--column", "body"], "body"),
-    (["--dict-size", 64, "--k", 65], "k is 65 and the dictionary has 64 features"),
-    (["--exclusive", "0.6,0.6"], "add up to at most 1"),
-    (["--test", "1.5", "--model-a", "A", "--model-b", "B", "--texts", "FILES/fineweb.jsonl"], "test is 1.5"),
-    (["--preset", "nope"], "preset 'nope' is unknown"),
-])
+@pytest.mark.parametrize(
+    "args, part",
+    [
+        (["--model-a", "/no/such/model", "--model-b", "/no/such/model"], "/no/such/model"),
+        (["--model-a", "A", "--model-b", "B", "--layer", 9], "0 to 3"),
+        (["--model-a", "A", "--model-b", "OTHER"], "tokenizers"),
+        (["--model-a", "A", "--model-b", "B", "--texts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model-a", "A", "--model-b", "B", "--texts", "FILES/fineweb.jsonl", "--column", "body"], "body"),
+        (["--dict-size", 64, "--k", 65], "k is 65 and the dictionary has 64 features"),
+        (["--exclusive", "0.6,0.6"], "add up to at most 1"),
+        (["--test", "1.5", "--model-a", "A", "--model-b", "B", "--texts", "FILES/fineweb.jsonl"], "test is 1.5"),
+        (["--preset", "nope"], "preset 'nope' is unknown"),
+    ],
+)
 def test_command_line(args, part, models, files, tmp_path):
     other = tmp_path / "other"
     make_model(other, 2, words=["other", *WORDS[1:]])
@@ -47,9 +52,19 @@ def test_command_line(args, part, models, files, tmp_path):
 
 def test_texts_that_fall_away_are_counted(pair, tmp_path):
     texts = ["", "   ", "cat", *TEXTS, " ".join(["the"] * 700)]
-    counts = extract(pair, texts, tmp_path / "s", layer=1, tokens="all", max_tokens=100, progress=False).manifest["counts"]
-    assert (counts["empty texts"], counts["too short texts"], counts["truncated texts"], counts["tokens cut off"]) == (2, 1, 1, 600)
-    refuses("no text gave an activation", lambda: extract(pair, ["", "cat"], tmp_path / "t", layer=1, tokens="all", progress=False))
+    counts = extract(pair, texts, tmp_path / "s", layer=1, tokens="all", max_tokens=100, progress=False).manifest[
+        "counts"
+    ]
+    assert (counts["empty texts"], counts["too short texts"], counts["truncated texts"], counts["tokens cut off"]) == (
+        2,
+        1,
+        1,
+        600,
+    )
+    refuses(
+        "no text gave an activation",
+        lambda: extract(pair, ["", "cat"], tmp_path / "t", layer=1, tokens="all", progress=False),
+    )
 
 
 def test_missing_column(tmp_path):
@@ -59,7 +74,9 @@ def test_missing_column(tmp_path):
 
 
 def test_store_of_another_kind(pair, store, models, tmp_path):
-    again = lambda p=pair, **k: extract(p, TEXTS, store.path, **{"layer": 2, "tokens": "all", "shard_rows": 50, "progress": False, **k})
+    again = lambda p=pair, **k: extract(
+        p, TEXTS, store.path, **{"layer": 2, "tokens": "all", "shard_rows": 50, "progress": False, **k}
+    )
     assert len(again()) == len(store)
     refuses("layer = 2, and 1 is asked", lambda: again(layer=1))
     refuses("made with tokens = 'all'", lambda: again(tokens="last"))
@@ -67,13 +84,19 @@ def test_store_of_another_kind(pair, store, models, tmp_path):
     refuses("the crosscoder expects (8, 8)", lambda: train(CrossCoder((8, 8), 32, 4), store))
 
 
-@pytest.mark.parametrize("harm, part", [("missing", "is missing"), ("truncated", "bytes, expected"), ("altered", "was altered")])
+@pytest.mark.parametrize(
+    "harm, part", [("missing", "is missing"), ("truncated", "bytes, expected"), ("altered", "was altered")]
+)
 def test_harmed_shard(harm, part, store):
     shard = store.path / "00001.safetensors"
     data = bytearray(shard.read_bytes())
-    if harm == "missing": shard.unlink()
-    elif harm == "truncated": shard.write_bytes(data[:-1])
-    else: data[-9] ^= 4; shard.write_bytes(data)
+    if harm == "missing":
+        shard.unlink()
+    elif harm == "truncated":
+        shard.write_bytes(data[:-1])
+    else:
+        data[-9] ^= 4
+        shard.write_bytes(data)
     message = refuses(part, lambda: ActivationStore(store.path).read(0, len(store)))
     assert "00001.safetensors" in message
 
@@ -83,9 +106,13 @@ def test_nan_names_text_and_model(models, tmp_path):
 
     broken = AutoModelForCausalLM.from_pretrained(models[1])
     tokenizer = AutoTokenizer.from_pretrained(models[1])
-    with torch.no_grad(): broken.get_input_embeddings().weight[tokenizer.get_vocab()["Ġdog"]] = float("inf")
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[tokenizer.get_vocab()["Ġdog"]] = float("inf")
     pair = ModelPair(models[0], broken, tokenizer=tokenizer)
-    message = refuses("NaN or Inf", lambda: extract(pair, [*TEXTS, "a dog sat"], tmp_path / "s", layer=1, tokens="all", progress=False))
+    message = refuses(
+        "NaN or Inf",
+        lambda: extract(pair, [*TEXTS, "a dog sat"], tmp_path / "s", layer=1, tokens="all", progress=False),
+    )
     assert "'the cat sat on a dog'" in message and f"model {models[1]} gave" in message
     refuses("the batch holds NaN or Inf", lambda: train(*_nan_store(tmp_path)))
 
@@ -114,7 +141,9 @@ def test_disk_full(pair, tmp_path, monkeypatch):
     assert len(ActivationStore(tmp_path / "cut").manifest["shards"]) == 2
     assert not list((tmp_path / "cut").glob(".*"))
     extract(pair, TEXTS * 3, tmp_path / "cut", **args)
-    assert {p.name: p.read_bytes() for p in whole.path.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir()}
+    assert {p.name: p.read_bytes() for p in whole.path.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir()
+    }
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
@@ -125,7 +154,9 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     cc.save(tmp_path / "card", format="card")
     path = tmp_path / "own" / "model.safetensors"
     from safetensors import safe_open
-    with safe_open(path, "pt") as f: metadata = f.metadata()
+
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata()
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if k != "encoder_bias"}, path, metadata)
     refuses("encoder_bias is missing", lambda: CrossCoder.load(tmp_path / "own"))
@@ -139,7 +170,8 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 
 
 class Evil:
-    def __reduce__(self): return print, ("a pickle was run",)
+    def __reduce__(self):
+        return print, ("a pickle was run",)
 
 
 def test_pickle_is_never_run(tmp_path, capsys):
@@ -157,12 +189,19 @@ def test_unfinished_run_with_other_settings(store, tmp_path):
 
     class Stop(Callback):
         def after_step(self, trainer, metrics):
-            if trainer.step_number == 20: raise KeyboardInterrupt
+            if trainer.step_number == 20:
+                raise KeyboardInterrupt
 
     make, config = lambda: CrossCoder(store.d_in, 32, 4), TrainConfig(steps=30, batch_size=32, checkpoint_every=5)
-    with pytest.raises(KeyboardInterrupt): train(make(), store, config, out=tmp_path / "run", callbacks=[Stop()], progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(), store, config, out=tmp_path / "run", callbacks=[Stop()], progress=False)
     checkpoint = (tmp_path / "run/checkpoint/state.safetensors").read_bytes()
-    refuses("train.lr = 0.002, and 0.01 is asked", lambda: train(make(), store, TrainConfig(steps=30, batch_size=32, checkpoint_every=5, lr=0.01), out=tmp_path / "run"))
+    refuses(
+        "train.lr = 0.002, and 0.01 is asked",
+        lambda: train(
+            make(), store, TrainConfig(steps=30, batch_size=32, checkpoint_every=5, lr=0.01), out=tmp_path / "run"
+        ),
+    )
     assert (tmp_path / "run/checkpoint/state.safetensors").read_bytes() == checkpoint  # nothing was lost
     cc, _ = train(make(), store, config, out=tmp_path / "run", progress=False)
     alone, _ = train(make(), store, config, progress=False)

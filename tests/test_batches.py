@@ -1,4 +1,5 @@
 "A store larger than memory: what stays resident while it is read, a run killed and gone on with, what a thread leaves behind."
+
 import json
 import os
 import subprocess
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from crosscoder import ActivationStore
-from crosscoder.data.batches import Batches
 from crosscoder.basics import BadInput
+from crosscoder.data.batches import Batches
 
 ROWS, WIDTH = 2048, 1024  # a shard of 8 MiB: two models, bf16
 
@@ -42,7 +43,8 @@ def large(path, n_shards):
     store = ActivationStore.from_tensors(path, [torch.randn(ROWS, WIDTH).bfloat16() for _ in range(2)], shard_rows=ROWS)
     first = store.manifest["shards"][0]
     for i in range(1, n_shards):
-        for end in ("safetensors", "jsonl"): os.link(path / f"00000.{end}", path / f"{i:05d}.{end}")
+        for end in ("safetensors", "jsonl"):
+            os.link(path / f"00000.{end}", path / f"{i:05d}.{end}")
     store.manifest["shards"] = [{**first, "name": f"{i:05d}"} for i in range(n_shards)]
     (path / "manifest.json").write_text(json.dumps(store.manifest))
     return ActivationStore(path)
@@ -58,7 +60,9 @@ def test_resident_set_does_not_grow_with_the_store(tmp_path):
         assert done.returncode == 0, done.stderr
         sizes[mb] = [float(x) for x in done.stdout.split()]
     grown = [b - a for a, b in zip(sizes[64], sizes[512])]
-    assert all(g < 32 for g in grown), sizes  # MiB of files, and of all at the highest; both stores need two windows of 32 MiB
+    assert all(g < 32 for g in grown), (
+        sizes
+    )  # MiB of files, and of all at the highest; both stores need two windows of 32 MiB
 
 
 def test_a_part_reads_as_little(tmp_path):
@@ -75,11 +79,15 @@ def test_batches_after_a_kill_are_those_without(tmp_path):
     store = large(tmp_path / "s", 6)
 
     def hashes(start, kill_after=None):
-        process = subprocess.Popen([sys.executable, "-c", HASHES, str(store.path), str(start)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HASHES, str(store.path), str(start)], stdout=subprocess.PIPE, text=True
+        )
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if len(lines) == kill_after: process.kill(); break
+            if len(lines) == kill_after:
+                process.kill()
+                break
         process.wait()
         return lines
 
@@ -101,9 +109,12 @@ def test_shards_are_checked_when_they_are_first_read(at, tmp_path):
     store = ActivationStore(path)
     assert len(store.rows) == 600  # the table is made without them
     for _ in range(2):
-        with pytest.raises(BadInput, match=f"0000{at}.safetensors was altered: its checksum is"): store.read(at * 100 + 3, at * 100 + 4)
-    if at: assert len(store.read(200, 300)[0]) == 100
-    with pytest.raises(BadInput, match="was altered"): list(Batches(store, 64).stream(0, 9))
+        with pytest.raises(BadInput, match=f"0000{at}.safetensors was altered: its checksum is"):
+            store.read(at * 100 + 3, at * 100 + 4)
+    if at:
+        assert len(store.read(200, 300)[0]) == 100
+    with pytest.raises(BadInput, match="was altered"):
+        list(Batches(store, 64).stream(0, 9))
 
 
 def test_headers_that_do_not_fit(tmp_path):
@@ -111,11 +122,17 @@ def test_headers_that_do_not_fit(tmp_path):
     for name, dtype in {"a": torch.float32, "b": torch.bfloat16}.items():
         ActivationStore.from_tensors(tmp_path / name, [torch.randn(50, 4).to(dtype)], shard_rows=50)
     a, b = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in "ab")
-    for end in ("safetensors", "jsonl"): (tmp_path / "a" / f"00001.{end}").write_bytes((tmp_path / "b" / f"00000.{end}").read_bytes())
+    for end in ("safetensors", "jsonl"):
+        (tmp_path / "a" / f"00001.{end}").write_bytes((tmp_path / "b" / f"00000.{end}").read_bytes())
     a["shards"].append({**b["shards"][0], "name": "00001"})
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(a))
-    with pytest.raises(BadInput, match="00001.safetensors holds BF16 for model 0, expected torch.float32 as in the first shard"): ActivationStore(tmp_path / "a").read(0, 100)
+    with pytest.raises(
+        BadInput, match="00001.safetensors holds BF16 for model 0, expected torch.float32 as in the first shard"
+    ):
+        ActivationStore(tmp_path / "a").read(0, 100)
     f = tmp_path / "b" / "00000.safetensors"
     f.write_bytes(f.read_bytes()[:8] + b"?" + f.read_bytes()[9:])
-    with pytest.raises(BadInput, match="was altered"): len(ActivationStore(tmp_path / "b").rows)
-    with pytest.raises(BadInput, match="was altered"): ActivationStore(tmp_path / "b").read(0, 1)
+    with pytest.raises(BadInput, match="was altered"):
+        len(ActivationStore(tmp_path / "b").rows)
+    with pytest.raises(BadInput, match="was altered"):
+        ActivationStore(tmp_path / "b").read(0, 1)

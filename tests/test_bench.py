@@ -1,4 +1,5 @@
 "`crosscoder bench` through the installed command, at its quick sizes."
+
 import json
 
 import pytest
@@ -20,7 +21,10 @@ def rows(found, name):
 
 def test_says_what_was_measured_on_what(bench):
     done, out, found = bench
-    assert all(f"== {name}" in done.stdout for name in ("step", "floor", "memory", "accuracy")) and (out / "step.png").stat().st_size > 5000
+    assert (
+        all(f"== {name}" in done.stdout for name in ("step", "floor", "memory", "accuracy"))
+        and (out / "step.png").stat().st_size > 5000
+    )
     assert found["config"]["batch"] == 128 and found["config"]["seed"] == 0 and found["machine"]["cores"] >= 1
     assert {"python", "torch", "crosscoder"} <= set(found["machine"]["versions"])
 

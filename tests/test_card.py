@@ -1,4 +1,5 @@
 "The published card: its files, its numbers and its three snippets, word for word."
+
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ from crosscoder import CrossCoder, DFCCrossCoder, TrainConfig, Trainer, dfc
 
 FIXTURES = sorted(p.parent for p in (HERE / "fixtures").glob("*/model.pt"))
 
-QUICK_START = '''
+QUICK_START = """
 import torch
 from huggingface_hub import hf_hub_download
 
@@ -30,9 +31,9 @@ from dfc import DFCCrossCoder
 
 dfc = DFCCrossCoder.load("./model", device="cuda")
 print(f"Loaded: dict_size={dfc.dict_size}, k={dfc.k}")
-'''
+"""
 
-EXTRACT = '''
+EXTRACT = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Load both models
@@ -57,9 +58,9 @@ activations = torch.stack([act_a.cpu(), act_b.cpu()], dim=1)  # (1, 2, 2048)
 features = dfc.encode(activations.to(dfc.W_enc.device))
 
 print(f"Active features: {(features > 0).sum().item()} / {dfc.dict_size}")
-'''
+"""
 
-ANALYZE = '''
+ANALYZE = """
 stats = dfc.feature_stats(features)
 print(f"L0 total:    {stats['l0_total']:.1f}")
 print(f"L0 A-excl:   {stats['l0_a_excl']:.1f}")
@@ -70,7 +71,7 @@ print(f"L0 shared:   {stats['l0_shared']:.1f}")
 recon, feats = dfc(activations.to(dfc.W_enc.device))
 mse = torch.nn.functional.mse_loss(recon.cpu(), activations)
 print(f"Reconstruction MSE: {mse.item():.6f}")
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +83,29 @@ def wide_models(tmp_path_factory):
 
 def run_snippets(published, models, tmp_path, monkeypatch, capsys):
     "The three snippets in one namespace; the hub is a folder, the device the CPU, the models are tiny."
-    fetch = lambda repo_id, filename, local_dir: shutil.copy(Path(published) / filename, (Path(local_dir).mkdir(exist_ok=True), Path(local_dir) / filename)[1])
+    fetch = lambda repo_id, filename, local_dir: shutil.copy(
+        Path(published) / filename, (Path(local_dir).mkdir(exist_ok=True), Path(local_dir) / filename)[1]
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=fetch, __spec__=None))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "dfc", raising=False)
-    space, swap = {}, {'"cuda"': '"cpu"', '"cuda:0"': '"cpu"', '"cuda:1"': '"cpu"', "chengq9/ToolRL-Qwen2.5-3B": models[0], "Qwen/Qwen2.5-3B": models[1]}
+    space, swap = (
+        {},
+        {
+            '"cuda"': '"cpu"',
+            '"cuda:0"': '"cpu"',
+            '"cuda:1"': '"cpu"',
+            "chengq9/ToolRL-Qwen2.5-3B": models[0],
+            "Qwen/Qwen2.5-3B": models[1],
+        },
+    )
     for i, code in enumerate((QUICK_START, EXTRACT, ANALYZE)):
-        if i == 1: monkeypatch.undo(); monkeypatch.chdir(tmp_path)  # transformers needs the real hub library
-        for old, new in swap.items(): code = code.replace(old, new)
+        if i == 1:
+            monkeypatch.undo()
+            monkeypatch.chdir(tmp_path)  # transformers needs the real hub library
+        for old, new in swap.items():
+            code = code.replace(old, new)
         exec(code, space)
     sys.modules.pop("dfc", None)
     return space, capsys.readouterr().out
@@ -98,9 +113,11 @@ def run_snippets(published, models, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("folder", FIXTURES, ids=lambda f: f.name)
 def test_fixture_reproduces_expected(folder):
-    with pytest.warns(UserWarning, match="no normalizer statistics"): cc = DFCCrossCoder.load(folder)
+    with pytest.warns(UserWarning, match="no normalizer statistics"):
+        cc = DFCCrossCoder.load(folder)
     expected, numbers = load_file(folder / "expected.safetensors"), json.loads((folder / "expected.json").read_text())
-    with torch.no_grad(): recon, features = cc(expected["x"])
+    with torch.no_grad():
+        recon, features = cc(expected["x"])
     torch.testing.assert_close(features, expected["features"], atol=1e-5, rtol=0)
     torch.testing.assert_close(recon, expected["reconstruction"], atol=1e-5, rtol=0)
     assert abs((recon - expected["x"]).square().mean().item() - numbers["mse"]) < 1e-6
@@ -109,8 +126,12 @@ def test_fixture_reproduces_expected(folder):
     assert (cc.n_a, cc.n_b, cc.n_shared) == (config["n_a"], config["n_b"], 256 - config["n_a"] - config["n_b"])
     for key, value in cc.feature_stats(features).items():
         want = numbers["feature_stats"][key]
-        assert value == (0.0 if want != want else pytest.approx(want, abs=1e-6)), key  # the authors' nan of an empty partition is our 0
-    assert [list(t.shape) for t in (cc.W_enc, cc.b_enc, cc.W_dec, cc.b_dec)] == [numbers["state_dict"][k] for k in ("W_enc", "b_enc", "W_dec", "b_dec")]
+        assert value == (0.0 if want != want else pytest.approx(want, abs=1e-6)), (
+            key
+        )  # the authors' nan of an empty partition is our 0
+    assert [list(t.shape) for t in (cc.W_enc, cc.b_enc, cc.W_dec, cc.b_dec)] == [
+        numbers["state_dict"][k] for k in ("W_enc", "b_enc", "W_dec", "b_dec")
+    ]
 
 
 def test_masks_act_on_forbidden_weights(tmp_path):
@@ -124,7 +145,8 @@ def test_masks_act_on_forbidden_weights(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for model in (CrossCoder.load(tmp_path), dfc.DFCCrossCoder.load(tmp_path)):
-            with torch.no_grad(): torch.testing.assert_close(model(expected["x"])[0], expected["reconstruction"], atol=1e-5, rtol=0)
+            with torch.no_grad():
+                torch.testing.assert_close(model(expected["x"])[0], expected["reconstruction"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("folder", FIXTURES, ids=lambda f: f.name)
@@ -134,7 +156,8 @@ def test_snippets_run_on_the_fixtures(folder, wide_models, tmp_path, monkeypatch
     shutil.copy(dfc.__file__, published / "dfc.py")
     space, out = run_snippets(published, wide_models, tmp_path, monkeypatch, capsys)
     assert "Loaded: dict_size=256, k=8" in out and "Reconstruction MSE: " in out
-    with pytest.warns(UserWarning): cc = CrossCoder.load(folder)
+    with pytest.warns(UserWarning):
+        cc = CrossCoder.load(folder)
     with torch.no_grad():
         torch.testing.assert_close(space["features"], cc.encode(space["activations"]), atol=1e-5, rtol=0)
         torch.testing.assert_close(space["recon"], cc(space["activations"])[0], atol=1e-5, rtol=0)
@@ -146,8 +169,13 @@ def test_snippets_run_on_a_folder_we_wrote(activation, wide_models, tmp_path, mo
     x = torch.randn(500, 2, 32) * torch.tensor([1.0, 4.0])[:, None] + 2
     cc = CrossCoder((32, 32), 128, 8, (0.05, 0.05), activation, "zscore").fit_normalizer(x)
     trainer = Trainer(cc, TrainConfig(steps=5, batch_size=100))
-    for i in range(5): trainer.step(x[100 * i:100 * i + 100])
-    cc.eval().info = {"models": list(wide_models), "layer": 13, "train": {"steps": 5, "lr": 1e-3, "batch_size": 100, "sparsity_coef": 0.0}}
+    for i in range(5):
+        trainer.step(x[100 * i : 100 * i + 100])
+    cc.eval().info = {
+        "models": list(wide_models),
+        "layer": 13,
+        "train": {"steps": 5, "lr": 1e-3, "batch_size": 100, "sparsity_coef": 0.0},
+    }
     cc.save(tmp_path / "published", format="card")
     names = {"model.pt", "config.json", "hparams.json", "dfc.py", "demo.py", "requirements.txt"}
     assert {p.name for p in (tmp_path / "published").iterdir()} == names
@@ -155,7 +183,9 @@ def test_snippets_run_on_a_folder_we_wrote(activation, wide_models, tmp_path, mo
     assert "Loaded: dict_size=128, k=8" in out and "L0 total:" in out
     raw = space["activations"]
     with torch.no_grad():
-        torch.testing.assert_close(space["features"], cc.encode(raw), atol=1e-5, rtol=1e-4)  # raw activations, normalizer folded in
+        torch.testing.assert_close(
+            space["features"], cc.encode(raw), atol=1e-5, rtol=1e-4
+        )  # raw activations, normalizer folded in
         torch.testing.assert_close(space["recon"], cc(raw)[0], atol=1e-4, rtol=1e-4)
 
 
@@ -164,8 +194,10 @@ def test_dfc_file_needs_torch_alone(tmp_path):
 
     cc = CrossCoder((8, 8), 32, 4, activation="topk")
     cc.save(tmp_path, format="card")
-    code = ("import sys; from dfc import DFCCrossCoder; import torch; m = DFCCrossCoder.load('.'); m(torch.zeros(1, 2, 8));"
-            "print([n for n in ('crosscoder', 'fastcore', 'safetensors', 'transformers', 'pandas') if n in sys.modules])")
+    code = (
+        "import sys; from dfc import DFCCrossCoder; import torch; m = DFCCrossCoder.load('.'); m(torch.zeros(1, 2, 8));"
+        "print([n for n in ('crosscoder', 'fastcore', 'safetensors', 'transformers', 'pandas') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

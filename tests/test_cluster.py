@@ -1,4 +1,5 @@
 "A real Ray cluster of two nodes: a worker killed, a node gone, a driver killed; the files that come out are the same bits as without Ray."
+
 import contextlib
 import json
 import os
@@ -29,12 +30,15 @@ KS = {"k2": 2, "k3": 3, "k4": 4, "k6": 6}
 
 class Slow(Callback):
     "Makes a step long enough to be killed in, and writes down who did it."
-    def __init__(self, log, pause): self.log, self.pause = log, pause
+
+    def __init__(self, log, pause):
+        self.log, self.pause = log, pause
 
     def after_step(self, trainer, metrics):
         import ray
 
-        with open(self.log, "a") as f: f.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {trainer.step_number}\n")
+        with open(self.log, "a") as f:
+            f.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {trainer.step_number}\n")
         time.sleep(self.pause)
 
 
@@ -43,13 +47,16 @@ def one_run(job, folder):
     part, _ = ActivationStore(local_store(job["store"], job["cache"])).split()
     config = TrainConfig(steps=60, batch_size=200, checkpoint_every=10, log_every=5, dead_after=2000, precision="fp32")
     callbacks = [Slow(job["log"], job["pause"])] if "log" in job else []
-    train(CrossCoder(part.d_in, 64, job["k"], (0.1, 0.1)), part, config, out=folder, callbacks=callbacks, progress=False)
+    train(
+        CrossCoder(part.d_in, 64, job["k"], (0.1, 0.1)), part, config, out=folder, callbacks=callbacks, progress=False
+    )
 
 
 def steps_of(log):
     "For each try at a run: its node, its process, first and last step."
     tries = {}
-    for node, pid, step in map(str.split, Path(log).read_text().splitlines()): tries.setdefault((node, pid), []).append(int(step))
+    for node, pid, step in map(str.split, Path(log).read_text().splitlines()):
+        tries.setdefault((node, pid), []).append(int(step))
     return [(*who, steps[0], steps[-1]) for who, steps in tries.items()]
 
 
@@ -60,7 +67,8 @@ def data(tmp_path_factory):
     x, _ = PlantedPair(n_concepts=64, d=16, exclusive=(4, 4)).sample(4000)
     ActivationStore.from_tensors(root / "store", x.unbind(1))
     threads = torch.get_num_threads()
-    for name, k in KS.items(): one_run({"store": root / "store", "cache": None, "k": k}, root / "plain" / name)
+    for name, k in KS.items():
+        one_run({"store": root / "store", "cache": None, "k": k}, root / "plain" / name)
     torch.set_num_threads(threads)
     return root
 
@@ -75,9 +83,17 @@ def cluster():
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)  # workers import this module
     temp = tempfile.mkdtemp(prefix="ray-")  # short: sockets are in it
-    health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+    health = {
+        "health_check_initial_delay_ms": 500,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 2000,
+        "health_check_failure_threshold": 3,
+    }
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_gpus": 1, "include_dashboard": False, "temp_dir": temp, "_system_config": health})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**small, "num_gpus": 1, "include_dashboard": False, "temp_dir": temp, "_system_config": health},
+    )
     cluster.second = cluster.add_node(**small)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
@@ -96,21 +112,26 @@ def jobs_for(data, folder, pause=0.05, store=None):
 def same_as_plain(data, out):
     for name in KS:
         assert sorted(p.name for p in (out / name).rglob("*")) == sorted(FILES), name
-        for file in FILES: assert (out / name / file).read_bytes() == (data / "plain" / name / file).read_bytes(), (name, file)
+        for file in FILES:
+            assert (out / name / file).read_bytes() == (data / "plain" / name / file).read_bytes(), (name, file)
 
 
 class Events(list):
     "Notes events; calls `strike(pid)` once, when a run for which `chosen(name)` holds has passed step 20."
-    def __init__(self, strike=None, chosen=lambda name: True): self.strike, self.chosen, self.pids, self.struck = strike, chosen, {}, None
+
+    def __init__(self, strike=None, chosen=lambda name: True):
+        self.strike, self.chosen, self.pids, self.struck = strike, chosen, {}, None
 
     def __call__(self, name, event, info):
         self.append((name, event))
-        if event in ("started", "retried"): self.pids[name] = info["pid"]
+        if event in ("started", "retried"):
+            self.pids[name] = info["pid"]
         if self.strike and event == "step" and 20 <= info["step"] < 50 and not self.struck and self.chosen(name):
             self.struck = name
             self.strike(self.pids[name])
 
-    def of(self, name): return [event for n, event in self if n == name and event != "step"]
+    def of(self, name):
+        return [event for n, event in self if n == name and event != "step"]
 
 
 def test_worker_killed_and_a_run_that_fails(data, cluster, tmp_path):
@@ -130,7 +151,9 @@ def test_worker_killed_and_a_run_that_fails(data, cluster, tmp_path):
     shutil.rmtree(tmp_path / "out/k0")
     same_as_plain(data, tmp_path / "out")
 
-    assert not any(run_on_ray(one_run, [j for j in jobs if j[0] != "k0"], tmp_path / "out", address="nobody is asked").values())
+    assert not any(
+        run_on_ray(one_run, [j for j in jobs if j[0] != "k0"], tmp_path / "out", address="nobody is asked").values()
+    )
 
 
 def test_driver_killed(data, cluster, tmp_path):
@@ -147,22 +170,32 @@ def test_driver_killed(data, cluster, tmp_path):
     done = {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/model.safetensors")}
     seen = Events()
     assert not any(run_on_ray(one_run, jobs, tmp_path / "out", every=0.1, on_event=seen).values())
-    assert 2 <= len(done) < len(KS) and all(seen.of(name) == ["done"] and (tmp_path / "out" / name / "model.safetensors").stat().st_mtime_ns == at for name, at in done.items())
+    assert 2 <= len(done) < len(KS) and all(
+        seen.of(name) == ["done"] and (tmp_path / "out" / name / "model.safetensors").stat().st_mtime_ns == at
+        for name, at in done.items()
+    )
     same_as_plain(data, tmp_path / "out")
 
 
 def test_shares_of_a_gpu(cluster, tmp_path):
     "Ray hands out GPUs that it is told of; here one that need not exist, to be shared by two runs, each with half a CPU."
     seen = lambda job, folder: (folder / "model.safetensors").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert run_on_ray(seen, [("a", None), ("b", None)], tmp_path / "out", cpus=0.5, gpus=0.5, every=0.1) == {"a": None, "b": None}
+    assert run_on_ray(seen, [("a", None), ("b", None)], tmp_path / "out", cpus=0.5, gpus=0.5, every=0.1) == {
+        "a": None,
+        "b": None,
+    }
     assert [(tmp_path / "out" / n / "model.safetensors").read_text() for n in "ab"] == ["0", "0"]
 
 
 class SlowTracker(Callback):
     "What tracks a run in a sweep; this one only takes its time."
+
     project = None
+
     def __init__(self, cell, folder): ...
-    def after_step(self, trainer, metrics): time.sleep(0.03)
+    def after_step(self, trainer, metrics):
+        time.sleep(0.03)
+
     def results(self, *_): ...
 
 
@@ -172,15 +205,27 @@ def kill_one(runs, killed):
         for path in runs.glob("*/task.json"):
             with contextlib.suppress(FileNotFoundError):
                 claim = json.loads(path.read_text())
-                if not killed and claim.get("last") and 20 <= claim["last"]["step"] < 50: killed.append((path.parent.name, claim["pid"])) or os.kill(claim["pid"], signal.SIGKILL)
+                if not killed and claim.get("last") and 20 <= claim["last"]["step"] < 50:
+                    killed.append((path.parent.name, claim["pid"])) or os.kill(claim["pid"], signal.SIGKILL)
         time.sleep(0.05)
 
 
 def test_sweep_with_a_worker_killed(data, cluster, tmp_path):
     "Cells of a grid, features of one model alone and labels included: the same table and the same files as `run_sweep` makes."
     store = ActivationStore(data / "store")
-    common = {"dict_size": 64, "steps": 60, "batch_size": 200, "checkpoint_every": 10, "log_every": 5, "dead_after": 2000}
-    kinds = {"plain": {"k": 3, "differences": 0}, "found": {"k": 3, "differences": 4}, "dfc": {"k": 4, "differences": 0, "exclusive": "0.1,0.1"}}
+    common = {
+        "dict_size": 64,
+        "steps": 60,
+        "batch_size": 200,
+        "checkpoint_every": 10,
+        "log_every": 5,
+        "dead_after": 2000,
+    }
+    kinds = {
+        "plain": {"k": 3, "differences": 0},
+        "found": {"k": 3, "differences": 4},
+        "dfc": {"k": 4, "differences": 0, "exclusive": "0.1,0.1"},
+    }
     cells = [RunSpec(name, {**common, **kind}) for name, kind in kinds.items()]
     alone = run_sweep(cells, tmp_path / "alone", store, progress=False)
     killed = []
@@ -188,7 +233,9 @@ def test_sweep_with_a_worker_killed(data, cluster, tmp_path):
     table = run_sweep_on_ray(cells, tmp_path / "both", store, tracker=SlowTracker, progress=False)
     assert killed and killed[0][0] in kinds
     pd.testing.assert_frame_equal(table, alone)
-    files = lambda out: {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "runs").rglob("*")) if p.is_file()}
+    files = lambda out: {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "runs").rglob("*")) if p.is_file()
+    }
     assert files(tmp_path / "alone") == files(tmp_path / "both")
 
 
@@ -205,5 +252,3 @@ def test_node_gone(data, cluster, tmp_path):
     assert there == node != here and first == 1 and again >= 11 and end == 60
     same_as_plain(data, tmp_path / "out")
     assert len(list((tmp_path / "logs/cache/stores").glob("*/manifest.json"))) == 1
-
-

@@ -2,6 +2,7 @@
 
 The interpreter, in which the notebook runs them, takes things that the compiler refuses. Both exclude each other in one process, so the compiler gets its own.
 """
+
 import os
 import re
 import subprocess
@@ -36,7 +37,9 @@ def compiled(arch: int) -> list[tuple[str, int, int, int, int]]:
 
     found = []
     triton.runtime.driver.set_active(Card())
-    JITFunction.__getitem__ = lambda self, grid: lambda *a, **kw: found.append(self.warmup(*a, grid=grid, **kw))  # a launch only compiles
+    JITFunction.__getitem__ = lambda self, grid: (
+        lambda *a, **kw: found.append(self.warmup(*a, grid=grid, **kw))
+    )  # a launch only compiles
     fp32, bf16, int64 = torch.float32, torch.bfloat16, torch.int64
 
     def e(*shape, dtype=fp32):
@@ -49,10 +52,25 @@ def compiled(arch: int) -> list[tuple[str, int, int, int, int]]:
         kernels.dots(e(N, D), e(F, D, dtype=weight), *entries)
         kernels.topk(e(N, F, dtype=weight), K)
         kernels.topk(e(N, 2 * F, dtype=weight), K)
-        kernels.adam(e(F, D), e(F, D), e(F, D, dtype=weight), e(F, D, dtype=weight), 2, 1e-4, 0.9, 0.999, 1e-8, e(()), e(F, D, dtype=bf16))
+        kernels.adam(
+            e(F, D),
+            e(F, D),
+            e(F, D, dtype=weight),
+            e(F, D, dtype=weight),
+            2,
+            1e-4,
+            0.9,
+            0.999,
+            1e-8,
+            e(()),
+            e(F, D, dtype=bf16),
+        )
         names += [f"bag/{bits}", f"dots/{bits}", f"topk/{bits}", f"topk-32k/{bits}", f"adam/{bits}"]
     assert len(found) == len(names)
-    return [(name, k.metadata.num_warps, *resources(k.asm["cubin"], triton.knobs.nvidia.cuobjdump.path), k.metadata.shared) for name, k in zip(names, found)]
+    return [
+        (name, k.metadata.num_warps, *resources(k.asm["cubin"], triton.knobs.nvidia.cuobjdump.path), k.metadata.shared)
+        for name, k in zip(names, found)
+    ]
 
 
 def resources(cubin: bytes, cuobjdump: str) -> tuple[int, int]:
@@ -101,7 +119,9 @@ for name in x: print((x[name].double() - y[name].double()).abs().max().item(), (
 @pytest.mark.parametrize("bits", [32, 16])
 def test_adam_takes_the_same_steps_with_and_without_the_kernel(bits):
     "With 16 bits both draw the same random numbers, so nearly all second moments are equal bit by bit; the interpreter cuts a first moment off where torch rounds it."
-    lines = [line.split() for line in elsewhere("-c", SAME.replace("BITS", str(bits)), TRITON_INTERPRET="1").splitlines()]
+    lines = [
+        line.split() for line in elsewhere("-c", SAME.replace("BITS", str(bits)), TRITON_INTERPRET="1").splitlines()
+    ]
     apart, same = ({name: float(row[i]) for *row, name in lines} for i in (0, 1))
     assert sorted(apart) == ["a", "a.m", "a.v", "b", "b.m", "b.v", "copy", "step"]
     assert max(apart["a"], apart["b"]) < (1e-6 if bits == 32 else 1e-3)
@@ -133,7 +153,9 @@ print(max(abs(a[k] - b[k]) for a, b in zip(metrics, others) for k in a), max((p 
 
 @pytest.mark.parametrize("activation, precision", [("topk", "fp32"), ("topk", "bf16"), ("batchtopk", "bf16")])
 def test_whole_steps_by_the_kernels_are_the_same(activation, precision):
-    numbers, weights, aux = elsewhere("-c", STEPS.replace("ACTIVATION", repr(activation)).replace("PRECISION", repr(precision)), TRITON_INTERPRET="1").split()
+    numbers, weights, aux = elsewhere(
+        "-c", STEPS.replace("ACTIVATION", repr(activation)).replace("PRECISION", repr(precision)), TRITON_INTERPRET="1"
+    ).split()
     assert float(numbers) < 1e-3 and float(weights) < 1e-3 and aux == "True"
 
 

@@ -1,4 +1,5 @@
 "What holds for the repo as a whole, whatever is in it: its shape, its one direction, its notebooks' form, its safety."
+
 import ast
 import configparser
 import json
@@ -76,9 +77,14 @@ def test_top_level_holds_what_it_should():
         pytest.skip("no git checkout")
     expected = {".ci", ".gitattributes", ".github", ".gitignore", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md"}
     expected |= {"_quarto.yml", "crosscoder", "nbs", "settings.ini", "setup.py", "tests"}
-    listed = subprocess.check_output(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=TOP, text=True)
+    listed = subprocess.check_output(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=TOP, text=True
+    )
     found = {line.split("/")[0] for line in listed.splitlines() if (TOP / line).exists()}
-    none([f"{n}: does not belong at the top level" for n in sorted(found - expected)] + [f"{n}: missing" for n in sorted(expected - found)])
+    none(
+        [f"{n}: does not belong at the top level" for n in sorted(found - expected)]
+        + [f"{n}: missing" for n in sorted(expected - found)]
+    )
 
 
 def test_sidebar_lists_every_notebook():
@@ -96,7 +102,13 @@ def test_versions_are_the_same():
 
     cited = yaml.safe_load((TOP / "CITATION.cff").read_text(encoding="utf-8"))["version"]
     found = {"CITATION.cff": str(cited), "crosscoder.__version__": crosscoder.__version__}
-    none([f"{where} says {v}, settings.ini {settings['version']}" for where, v in found.items() if v != settings["version"]])
+    none(
+        [
+            f"{where} says {v}, settings.ini {settings['version']}"
+            for where, v in found.items()
+            if v != settings["version"]
+        ]
+    )
 
 
 def test_readme_has_the_two_commands():
@@ -117,7 +129,10 @@ def test_requirements_are_whole():
         Requirement(part)  # raises for half of one
 
 
-OPTIONAL = {"triton", "ray"}  # triton comes with PyTorch where there is a GPU; Ray is for clusters, and its lack is said
+OPTIONAL = {
+    "triton",
+    "ray",
+}  # triton comes with PyTorch where there is a GPU; Ray is for clusters, and its lack is said
 
 
 def test_every_import_of_the_package_is_required():
@@ -141,7 +156,9 @@ def test_import_is_fast_and_light():
         runs.append(json.loads(subprocess.check_output([sys.executable, "-c", script], cwd=TOP, text=True)))
     seconds = min(s for s, _ in runs)
     heavy = {"transformers", "datasets", "peft", "wandb", "matplotlib"} & set(runs[0][1])
-    assert not heavy, f"import crosscoder imports {', '.join(sorted(heavy))}: import them in the functions that use them"
+    assert not heavy, (
+        f"import crosscoder imports {', '.join(sorted(heavy))}: import them in the functions that use them"
+    )
     assert seconds < 3, f"import crosscoder takes {seconds:.1f} s of CPU time, over 3 s"
 
 
@@ -162,9 +179,13 @@ def test_a_module_imports_only_from_lower_rooms():
             if root != "crosscoder" or room == "__version__":
                 continue
             if room not in rooms:
-                offenders.append(f"crosscoder/{p.name}:{line}: imports {name}, which is no room: name the module that has it")
+                offenders.append(
+                    f"crosscoder/{p.name}:{line}: imports {name}, which is no room: name the module that has it"
+                )
             elif rooms[room] >= rooms[p.stem]:
-                offenders.append(f"crosscoder/{p.name}:{line}: room {rooms[p.stem]} imports {room}, room {rooms[room]}: not below")
+                offenders.append(
+                    f"crosscoder/{p.name}:{line}: room {rooms[p.stem]} imports {room}, room {rooms[room]}: not below"
+                )
     none(offenders)
 
 
@@ -180,7 +201,9 @@ def test_no_cell_mixes_imports_with_computation():
                 continue
             kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(src).body}
             if len(kinds) == 2:
-                offenders.append(f"nbs/{nb.name} cell {i}: imports and something else; give the imports a cell of their own")
+                offenders.append(
+                    f"nbs/{nb.name} cell {i}: imports and something else; give the imports a cell of their own"
+                )
     none(offenders)
 
 
@@ -198,7 +221,9 @@ def test_module_notebooks_have_title_sentence_and_export():
 # --- files are data, never code
 
 
-PICKLES = {f"{m}.{f}" for m in ("pickle", "dill", "joblib") for f in ("load", "loads", "Unpickler")} | {"pandas.read_pickle"}
+PICKLES = {f"{m}.{f}" for m in ("pickle", "dill", "joblib") for f in ("load", "loads", "Unpickler")} | {
+    "pandas.read_pickle"
+}
 
 
 def unsafe(node: ast.AST) -> str | None:
@@ -221,7 +246,14 @@ def unsafe(node: ast.AST) -> str | None:
 
 
 def test_files_are_never_run():
-    none([f"{where}, line {node.lineno}: {reason}" for where, tree in trees() for node in ast.walk(tree) if (reason := unsafe(node))])
+    none(
+        [
+            f"{where}, line {node.lineno}: {reason}"
+            for where, tree in trees()
+            for node in ast.walk(tree)
+            if (reason := unsafe(node))
+        ]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 """Weights & Biases against a server of our own that speaks its protocol as far as runs, artifacts and sweeps need it: real kills, `wandb sync`, an agent."""
+
 import gzip
 import json
 import os
@@ -17,8 +18,8 @@ from matplotlib.figure import Figure
 
 from crosscoder import ActivationStore, CrossCoder, PlantedPair, TrainConfig, evaluate, train
 from crosscoder.basics import BadInput
-from crosscoder.training.tracking import agent, definition, offline_files, read_offline, WandB
 from crosscoder.training.loop import train_many
+from crosscoder.training.tracking import WandB, agent, definition, offline_files, read_offline
 
 wandb = pytest.importorskip("wandb")
 OWNER = {"id": "owner", "name": "someone"}
@@ -26,6 +27,7 @@ OWNER = {"id": "owner", "name": "someone"}
 
 class Server(ThreadingHTTPServer):
     "Remembers what W&B's client sends, and hands out the trials of a sweep."
+
     daemon_threads = True
 
     def __init__(self):
@@ -52,47 +54,105 @@ class Server(ThreadingHTTPServer):
         "GraphQL's answer to one operation with variables `v`."
         if operation == "UpsertBucket":
             run = self.run(v["name"])
-            for ours, theirs in {"group": "groupName", "name": "displayName", "project": "project", "sweep": "sweep"}.items():
-                if v.get(theirs): run[ours] = v[theirs]
+            for ours, theirs in {
+                "group": "groupName",
+                "name": "displayName",
+                "project": "project",
+                "sweep": "sweep",
+            }.items():
+                if v.get(theirs):
+                    run[ours] = v[theirs]
             run["config"] |= {k: c["value"] for k, c in json.loads(v.get("config") or "{}").items()}
             run["started"] = True
-            bucket = {"id": f"id-{v['name']}", "name": v["name"], "displayName": run.get("name"), "config": v.get("config"), "sweepName": run.get("sweep"),
-                      "project": {"id": "project", "name": v.get("project"), "entity": OWNER}, "historyLineCount": len(run["lines"])}
+            bucket = {
+                "id": f"id-{v['name']}",
+                "name": v["name"],
+                "displayName": run.get("name"),
+                "config": v.get("config"),
+                "sweepName": run.get("sweep"),
+                "project": {"id": "project", "name": v.get("project"), "entity": OWNER},
+                "historyLineCount": len(run["lines"]),
+            }
             return {"upsertBucket": {"bucket": bucket, "inserted": False}}
         if operation == "RunResumeStatus":
             run = self.run(v["name"])
-            if not run["started"]: return {"model": {"id": "project", "name": v["project"], "entity": OWNER, "bucket": None}}
-            bucket = {"id": f"id-{v['name']}", "name": v["name"], "displayName": run.get("name"), "summaryMetrics": json.dumps(run.get("summary", {})), "logLineCount": 0,
-                      "historyLineCount": len(run["lines"]), "eventsLineCount": 0, "historyTail": json.dumps([json.dumps(line) for line in run["lines"][-1:]]),
-                      "eventsTail": "[]", "config": json.dumps({k: {"value": c} for k, c in run["config"].items()}), "tags": [], "notes": None,
-                      "wandbConfig": json.dumps({"t": {}})}
+            if not run["started"]:
+                return {"model": {"id": "project", "name": v["project"], "entity": OWNER, "bucket": None}}
+            bucket = {
+                "id": f"id-{v['name']}",
+                "name": v["name"],
+                "displayName": run.get("name"),
+                "summaryMetrics": json.dumps(run.get("summary", {})),
+                "logLineCount": 0,
+                "historyLineCount": len(run["lines"]),
+                "eventsLineCount": 0,
+                "historyTail": json.dumps([json.dumps(line) for line in run["lines"][-1:]]),
+                "eventsTail": "[]",
+                "config": json.dumps({k: {"value": c} for k, c in run["config"].items()}),
+                "tags": [],
+                "notes": None,
+                "wandbConfig": json.dumps({"t": {}}),
+            }
             return {"model": {"id": "project", "name": v["project"], "entity": OWNER, "bucket": bucket}}
         if operation == "CreateRunFiles":
-            return {"createRunFiles": {"runID": f"id-{v['run']}", "uploadHeaders": [],
-                                       "files": [{"name": f, "uploadUrl": f"{self.url}/put/{v['run']}/{f}"} for f in v["files"]]}}
+            return {
+                "createRunFiles": {
+                    "runID": f"id-{v['run']}",
+                    "uploadHeaders": [],
+                    "files": [{"name": f, "uploadUrl": f"{self.url}/put/{v['run']}/{f}"} for f in v["files"]],
+                }
+            }
         if operation == "CreateArtifact":
             self.artifacts.append(v["input"])
-            return {"createArtifact": {"artifact": {"id": "artifact", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
+            return {
+                "createArtifact": {
+                    "artifact": {"id": "artifact", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+                }
+            }
         if operation in ("CreateArtifactManifest", "UpdateArtifactManifest"):
             file = {"id": "file", "uploadUrl": f"{self.url}/put/manifest", "uploadHeaders": []}
             return {operation[0].lower() + operation[1:]: {"artifactManifest": {"id": "manifest", "file": file}}}
         if operation == "CreateArtifactFiles":
-            nodes = [{"storagePath": f["name"], "uploadUrl": f"{self.url}/put/artifact/{f['name']}", "uploadHeaders": [], "uploadMultipartUrls": None,
-                      "artifact": {"id": "artifact"}} for f in v["input"]["artifactFiles"]]
+            nodes = [
+                {
+                    "storagePath": f["name"],
+                    "uploadUrl": f"{self.url}/put/artifact/{f['name']}",
+                    "uploadHeaders": [],
+                    "uploadMultipartUrls": None,
+                    "artifact": {"id": "artifact"},
+                }
+                for f in v["input"]["artifactFiles"]
+            ]
             return {"createArtifactFiles": {"files": {"edges": [{"node": n} for n in nodes]}}}
         if operation == "CommitArtifact":
             return {"commitArtifact": {"artifact": {"id": "artifact", "digest": "digest"}}}
         if operation == "UpsertSweep":
             self.sweeps.append(json.loads(v["config"]) if v["config"].startswith("{") else v["config"])
-            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": {"id": "project", "name": "sweeps", "entity": OWNER}}, "configValidationWarnings": []}}
+            return {
+                "upsertSweep": {
+                    "sweep": {"name": "sweep1", "project": {"id": "project", "name": "sweeps", "entity": OWNER}},
+                    "configValidationWarnings": [],
+                }
+            }
         if operation == "CreateAgent":
-            if v["sweep"] != "sweep1": return None
+            if v["sweep"] != "sweep1":
+                return None
             return {"createAgent": {"agent": {"id": "agent"}}}
         if operation == "Heartbeat":
             commands = [] if "true" in v["runState"] else [self.trials.pop(0) if self.trials else {"type": "exit"}]
             return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
         if "iewer" in operation or operation == "ServerInfo":
-            return {"viewer": {"id": "viewer", "entity": "someone", "username": "someone", "email": "", "flags": "{}", "teams": {"edges": []}}, "serverInfo": None}
+            return {
+                "viewer": {
+                    "id": "viewer",
+                    "entity": "someone",
+                    "username": "someone",
+                    "email": "",
+                    "flags": "{}",
+                    "teams": {"edges": []},
+                },
+                "serverInfo": None,
+            }
         self.unknown.append(operation)
         return None
 
@@ -129,8 +189,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/graphql":
             asked = json.loads(body)
             operation = re.search(r"\b(?:query|mutation)\s+(\w+)", asked["query"])
-            try: data = self.server.answer(operation[1] if operation else asked["query"], asked.get("variables") or {})
-            except Exception as e: # W&B would ask again and again
+            try:
+                data = self.server.answer(operation[1] if operation else asked["query"], asked.get("variables") or {})
+            except Exception as e:  # W&B would ask again and again
                 self.server.unknown.append(f"{operation[1]}: {e!r}")
                 data = None
             return self.reply({"data": data} if data else {"data": None, "errors": [{"message": "not found"}]})
@@ -142,9 +203,17 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     server = Server()
-    for name in [n for n in os.environ if n.startswith("WANDB_")]: monkeypatch.delenv(name)
-    for name, value in {"BASE_URL": server.url, "API_KEY": "a" * 40, "CONFIG_DIR": tmp_path / "config", "CACHE_DIR": tmp_path / "cache", "DATA_DIR": tmp_path / "data",
-                        "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "BASE_URL": server.url,
+        "API_KEY": "a" * 40,
+        "CONFIG_DIR": tmp_path / "config",
+        "CACHE_DIR": tmp_path / "cache",
+        "DATA_DIR": tmp_path / "data",
+        "SILENT": "true",
+        "ERROR_REPORTING": "false",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     wandb.teardown()  # W&B reads its settings once a process
     monkeypatch.setattr(WandB, "offline", False)
@@ -193,7 +262,12 @@ train(CrossCoder((16, 16), dict_size=64, k=2), part, config, out=out, callbacks=
 
 
 def killed_at(step, parts, out, everything):
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(parts[0].store.path), str(out), str(step), everything], cwd=HERE, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(parts[0].store.path), str(out), str(step), everything],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
 
 
 def curves(out, found):
@@ -225,14 +299,23 @@ def test_killed_offline_and_synced(server, parts, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     said = subprocess.run([sys.executable, "-m", "wandb", "sync", str(out / "wandb")], capture_output=True, text=True)
     assert said.returncode == 0 and "ERROR" not in said.stderr, said.stderr
-    (id, run), = server.runs.items()
+    ((id, run),) = server.runs.items()
     curves(out, run["lines"])
-    assert (id, run["project"], run["group"], run["name"], run["exit"]) == (found["id"], "project", "group", "name", [1, 1, 0, 0])
+    assert (id, run["project"], run["group"], run["name"], run["exit"]) == (
+        found["id"],
+        "project",
+        "group",
+        "name",
+        [1, 1, 0, 0],
+    )
     assert {k: run["config"][k] for k in ("model", "train", "data")} == json.loads((out / "config.json").read_text())
     assert run["summary"]["heldout/fve_a"] == evaluation["fve_a"]
     assert server.files["artifact/model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert json.loads(server.files["artifact/config.json"]) == json.loads((out / "config.json").read_text())
-    assert not server.unknown or set(server.unknown) <= {"OrganizationCoreWeaveOrganizationID", "ServerFeaturesQuery"}, server.unknown
+    assert not server.unknown or set(server.unknown) <= {
+        "OrganizationCoreWeaveOrganizationID",
+        "ServerFeaturesQuery",
+    }, server.unknown
 
 
 def test_killed_online(server, parts, tmp_path):
@@ -245,7 +328,9 @@ def test_killed_online(server, parts, tmp_path):
     assert done.returncode == 0, done.stderr
     figure = Figure()
     figure.subplots().plot([1, 2])
-    WandB("project", out, group="group").results(evaluate(CrossCoder.load(out), parts[1], progress=False), figures={"line": figure})
+    WandB("project", out, group="group").results(
+        evaluate(CrossCoder.load(out), parts[1], progress=False), figures={"line": figure}
+    )
     ((id, run),) = server.runs.items()
     assert run["lines"][-1]["_step"] == 241
     assert server.files[f"{id}/{run['lines'][-1]['figures/line']['path']}"].startswith(b"\x89PNG")
@@ -262,10 +347,20 @@ def test_many_at_once(server, parts, tmp_path, monkeypatch):
     for out, k in zip(outs, ks):
         out.mkdir()
         (out / "config.json").write_text(json.dumps({"cell": {"name": out.name, "settings": {"k": k}}}))
-    train_many([fresh(k=k) for k in ks], parts[0], SHORT, outs, [[WandB("project", out, group="sweep")] for out in outs], progress=False)
+    train_many(
+        [fresh(k=k) for k in ks],
+        parts[0],
+        SHORT,
+        outs,
+        [[WandB("project", out, group="sweep")] for out in outs],
+        progress=False,
+    )
     found = [read_offline(out) for out in outs]
-    for out, f in zip(outs, found): curves(out, f["history"])
-    assert [(f["project"], f["group"], f["name"], f["config"]["k"], f["config"]["model"]["k"]) for f in found] == [("project", "sweep", o.name, k, k) for o, k in zip(outs, ks)]
+    for out, f in zip(outs, found):
+        curves(out, f["history"])
+    assert [(f["project"], f["group"], f["name"], f["config"]["k"], f["config"]["model"]["k"]) for f in found] == [
+        ("project", "sweep", o.name, k, k) for o, k in zip(outs, ks)
+    ]
     assert len({f["id"] for f in found}) == 16
 
 
@@ -277,7 +372,14 @@ def test_server_that_is_away(server, parts, tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name in ("one", "two"):
-            train(fresh(), parts[0], SHORT, out=tmp_path / name, callbacks=[WandB("project", tmp_path / name)], progress=False)
+            train(
+                fresh(),
+                parts[0],
+                SHORT,
+                out=tmp_path / name,
+                callbacks=[WandB("project", tmp_path / name)],
+                progress=False,
+            )
             curves(tmp_path / name, read_offline(tmp_path / name)["history"])
     said = [str(w.message) for w in caught if "Weights & Biases" in str(w.message)]
     assert len(said) == 1 and "written offline; `wandb sync` uploads them later" in said[0]
@@ -300,12 +402,21 @@ def test_agent(server, fast, parts, tmp_path, monkeypatch):
 
     def run(name, settings):
         out = tmp_path / "runs" / name
-        cc, _ = train(fresh(**settings), parts[0], SHORT, out=out, callbacks=[WandB("ignored", out, group="group")], progress=False)
+        cc, _ = train(
+            fresh(**settings),
+            parts[0],
+            SHORT,
+            out=out,
+            callbacks=[WandB("ignored", out, group="group")],
+            progress=False,
+        )
         WandB("ignored", out, group="group").results(evaluate(cc, parts[1], progress=False))
 
     ours = lambda: {n: v for n, v in os.environ.items() if n.startswith("WANDB_") and n != "WANDB_SERVICE"}
     before = ours()
-    outcome = agent(definition({"k": [2, 3]}, "grid"), run, tmp_path / "w", project="sweeps", known=["k", "lr"])  # until it says that the sweep is over
+    outcome = agent(
+        definition({"k": [2, 3]}, "grid"), run, tmp_path / "w", project="sweeps", known=["k", "lr"]
+    )  # until it says that the sweep is over
     assert ours() == before
     assert outcome["t1"] is None and outcome["t3"] is None
     assert outcome["t2"] == "the W&B sweep sets kk: no such field. Known are k, lr"
@@ -315,7 +426,12 @@ def test_agent(server, fast, parts, tmp_path, monkeypatch):
     for name, k in {"t1": 2, "t3": 3}.items():
         done = server.runs[name]
         curves(tmp_path / "runs" / name, done["lines"])
-        assert (done["config"]["k"], done["config"]["model"]["k"], set(done["exit"]), done["sweep"]) == (k, k, {0}, "sweep1")
+        assert (done["config"]["k"], done["config"]["model"]["k"], set(done["exit"]), done["sweep"]) == (
+            k,
+            k,
+            {0},
+            "sweep1",
+        )
         assert 0 < done["summary"]["fve"] < 1
     for name in ("t2", "t4"):
         assert server.runs[name]["exit"] == [1] and server.runs[name]["summary"]["error"] == outcome[name]
@@ -330,7 +446,22 @@ def test_the_command_serves_a_sweep(server, fast, tmp_path):
     x, _ = PlantedPair(n_concepts=64, d=16, exclusive=(4, 4)).sample(4000)
     ActivationStore.from_tensors(tmp_path / "store", x.unbind(1))
     server.trials = [trial("t1", cell="k2"), trial("t2", k=4), trial("t3", cell="k2"), trial("t4", cell="k9")]
-    options = ["--axis", "k=2 3", "--dict-size", 64, "--steps", 30, "--batch-size", 200, "--differences", 0, "--out", tmp_path / "s", "--store", tmp_path / "store"]
+    options = [
+        "--axis",
+        "k=2 3",
+        "--dict-size",
+        64,
+        "--steps",
+        30,
+        "--batch-size",
+        200,
+        "--differences",
+        0,
+        "--out",
+        tmp_path / "s",
+        "--store",
+        tmp_path / "store",
+    ]
     done = CliRunner().invoke(app, ["sweep", *map(str, options), "--wandb-agent", "new", "--project", "sweeps"])
     assert done.exit_code == 0 and "4 trials, 1 of them failed" in done.output, done.output
     assert "k2" in str(server.sweeps[0]) and "k3" in str(server.sweeps[0])
@@ -343,7 +474,9 @@ def test_the_command_serves_a_sweep(server, fast, tmp_path):
 
 def test_agent_serves_no_more_than_it_should(server, fast, tmp_path):
     server.trials, seen = [trial("t1", k=2), trial("t2", k=3)], []
-    assert agent("someone/sweeps/sweep1", lambda name, settings: seen.append((name, settings)), tmp_path, count=1) == {"t1": None}
+    assert agent("someone/sweeps/sweep1", lambda name, settings: seen.append((name, settings)), tmp_path, count=1) == {
+        "t1": None
+    }
     assert seen == [("t1", {"k": 2})]
 
 
@@ -367,8 +500,15 @@ def test_no_login(server, tmp_path, monkeypatch):
 
 def test_wandb_accepts_the_definition(server, tmp_path):
     "Both kinds of grid, as files for `wandb sweep`."
-    for cells in ({"k": [45, 90], "exclusive": ["0.05,0.05"]}, [SimpleNamespace(name="cc-D16k-k90"), SimpleNamespace(name="cc-D8k-k45")]):
+    for cells in (
+        {"k": [45, 90], "exclusive": ["0.05,0.05"]},
+        [SimpleNamespace(name="cc-D16k-k90"), SimpleNamespace(name="cc-D8k-k45")],
+    ):
         (tmp_path / "sweep.yaml").write_text(json.dumps(definition(cells, "card")))
-        said = subprocess.run([sys.executable, "-m", "wandb", "sweep", "--project", "sweeps", str(tmp_path / "sweep.yaml")], capture_output=True, text=True)
+        said = subprocess.run(
+            [sys.executable, "-m", "wandb", "sweep", "--project", "sweeps", str(tmp_path / "sweep.yaml")],
+            capture_output=True,
+            text=True,
+        )
         assert said.returncode == 0 and "error" not in said.stderr.lower(), said.stderr
     assert len(server.sweeps) == 2 and "cc-D16k-k90" in str(server.sweeps[1])

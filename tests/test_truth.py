@@ -1,13 +1,14 @@
 "A small version of the study of planted truth: its thresholds fail if the trainer, the differences or the label are broken."
+
 import pytest
 import torch
 
 from crosscoder import ActivationStore
-from crosscoder.training.exclusive import find_differences
 from crosscoder.analysis.evidence import evidence, label_features
 from crosscoder.data.planted import planted_scores
+from crosscoder.research.truth import Setting, planted_store, run
+from crosscoder.training.exclusive import find_differences
 from crosscoder.training.loop import train
-from crosscoder.research.truth import planted_store, run, Setting
 
 SMALL = {"steps": 1000, "rows": 150_000}
 PLAIN = "crosscoder, batch top-k"
@@ -17,7 +18,13 @@ PLAIN = "crosscoder, batch top-k"
 def table(tmp_path_factory):
     "Half as many features as concepts; one shared concept in twenty has an unrelated direction in B."
     out = tmp_path_factory.mktemp("truth")
-    return {g: {r["method"]: r for r in run(Setting(geometry=g, rotated=25, **SMALL), (PLAIN, "DFC 10 %", "ours"), out, 20_000, 60_000)} for g in ("near", "affine")}
+    return {
+        g: {
+            r["method"]: r
+            for r in run(Setting(geometry=g, rotated=25, **SMALL), (PLAIN, "DFC 10 %", "ours"), out, 20_000, 60_000)
+        }
+        for g in ("near", "affine")
+    }
 
 
 @pytest.mark.parametrize("geometry", ["near", "affine"])
@@ -31,7 +38,9 @@ def test_every_real_difference_and_nothing_else(table, geometry):
 def test_against_a_plain_crosscoder_and_a_partition(table, geometry):
     ours, plain, dfc = (table[geometry][m] for m in ("ours", PLAIN, "DFC 10 %"))
     assert plain["recall"] <= 0.5 and ours["f1"] >= plain["f1"] + 0.3
-    assert dfc["precision"] <= 0.6 and dfc["labelled"]["precision"] >= 0.9  # the partition's word, and the label's on the same dictionary
+    assert (
+        dfc["precision"] <= 0.6 and dfc["labelled"]["precision"] >= 0.9
+    )  # the partition's word, and the label's on the same dictionary
     assert ours["fve"] >= plain["fve"] - 0.015 and abs(ours["l0"] - plain["l0"]) < 0.3
 
 
@@ -39,7 +48,11 @@ def test_against_a_plain_crosscoder_and_a_partition(table, geometry):
 def test_a_model_against_itself(tmp_path, turned):
     "No feature is exclusive, nor behind a random rotation; a one-sided partition does not help."
     s = Setting(geometry="near", **SMALL)
-    rotation = torch.linalg.qr(torch.randn(s.d, s.d, generator=torch.Generator().manual_seed(1))).Q if turned else torch.eye(s.d)
+    rotation = (
+        torch.linalg.qr(torch.randn(s.d, s.d, generator=torch.Generator().manual_seed(1))).Q
+        if turned
+        else torch.eye(s.d)
+    )
     stores = []
     for name, rows, seed in (("train", 100_000, 0), ("test", 40_000, 5)):
         x = planted_store(s.pair(), tmp_path / f"{name}_pair", rows, seed).read(0, rows)[0]

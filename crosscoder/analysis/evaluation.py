@@ -16,58 +16,78 @@ from ..model.crosscoder import CrossCoder
 # %% ../../nbs/analysis/40_evaluation.ipynb #d4958ae3
 class Explained:
     "Sums for the FVE, MSE and cosine of one model, fed chunk by chunk."
-    def __init__(self, d): # width of the model
-        self.d, self.n, self.error, self.cosine, self.first = d, 0, 0., 0., None
-        self.total, self.squares = torch.zeros(d, dtype=torch.float64), 0.
 
-    def add(self, x: Tensor, recon: Tensor): # both (rows, d), raw
+    def __init__(self, d):  # width of the model
+        self.d, self.n, self.error, self.cosine, self.first = d, 0, 0.0, 0.0, None
+        self.total, self.squares = torch.zeros(d, dtype=torch.float64), 0.0
+
+    def add(self, x: Tensor, recon: Tensor):  # both (rows, d), raw
         "Take in some rows."
         x, recon = x.double().cpu(), recon.double().cpu()
-        if self.first is None: self.first = x.mean(0)                  # sums of squares are taken around this, so that they do not cancel
+        if self.first is None:
+            self.first = x.mean(0)  # sums of squares are taken around this, so that they do not cancel
         self.n += len(x)
         self.error += (x - recon).square().sum().item()
         self.cosine += torch.cosine_similarity(x, recon).sum().item()
         self.total += (x - self.first).sum(0)
         self.squares += (x - self.first).square().sum().item()
 
-    def spread(self): # sum of squares around the mean of all rows
+    def spread(self):  # sum of squares around the mean of all rows
         return self.squares - self.total.square().sum().item() / self.n
 
     def result(self) -> dict:
         "fve, mse and cosine; fve is nan where all rows are the same."
         spread = self.spread()
-        return {"fve": 1 - self.error / spread if spread > 0 else float("nan"), "mse": self.error / (self.n * self.d), "cosine": self.cosine / self.n}
+        return {
+            "fve": 1 - self.error / spread if spread > 0 else float("nan"),
+            "mse": self.error / (self.n * self.d),
+            "cosine": self.cosine / self.n,
+        }
 
 # %% ../../nbs/analysis/40_evaluation.ipynb #50962e5e
 @torch.inference_mode()
-def evaluate(cc: CrossCoder,
-             store,                 # held-out part: a store or a part of one
-             batch_rows: int = 4096,# rows at a time
-             progress: bool = True  # show a progress bar where it takes over two seconds
-            ) -> dict: # floats by name; fve_a, fve_b, mse, mse_a, cosine_a, …, l0_total, l0_a_excl, …, dead_fraction, dead_a_excl, …; rows, texts
+def evaluate(
+    cc: CrossCoder,
+    store,  # held-out part: a store or a part of one
+    batch_rows: int = 4096,  # rows at a time
+    progress: bool = True,  # show a progress bar where it takes over two seconds
+) -> dict:  # floats by name; fve_a, fve_b, mse, mse_a, cosine_a, …, l0_total, l0_a_excl, …, dead_fraction, dead_a_excl, …; rows, texts
     "Held-out FVE, MSE and cosine per model in raw space, L0 and dead features per partition."
-    if tuple(store.d_in) != cc.d_in: raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the crosscoder expects {cc.d_in}")
-    if not len(store): raise BadInput("there are no rows to evaluate on")
+    if tuple(store.d_in) != cc.d_in:
+        raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the crosscoder expects {cc.d_in}")
+    if not len(store):
+        raise BadInput("there are no rows to evaluate on")
     was_training, _ = cc.training, cc.eval()
     per_model, fired = [Explained(d) for d in cc.d_in], torch.zeros(cc.dict_size, dtype=torch.long)
     for i in tqdm(range(0, len(store), batch_rows), desc="evaluation", unit=" batches", delay=2, disable=not progress):
         x = cc.flat(store.read(i, i + batch_rows))
         codes = cc.codes(x)
         recon = cc.reconstruct(codes)
-        for e, c in zip(per_model, cc.partition.channels): e.add(x[:, c], recon[:, c])
+        for e, c in zip(per_model, cc.partition.channels):
+            e.add(x[:, c], recon[:, c])
         fired += torch.bincount(codes.layout.indices[codes.values > 0], minlength=cc.dict_size).cpu()
     cc.train(was_training)
-    return {**_per_model(per_model), **_per_partition(cc, fired, len(store)), "rows": len(store), "texts": int(store.rows.text.nunique())}
+    return {
+        **_per_model(per_model),
+        **_per_partition(cc, fired, len(store)),
+        "rows": len(store),
+        "texts": int(store.rows.text.nunique()),
+    }
 
 # %% ../../nbs/analysis/40_evaluation.ipynb #763087c9
-def _per_model(explained): # Explained of each model -> flat names
+def _per_model(explained):  # Explained of each model -> flat names
     out = {f"{key}_{m}": value for m, e in zip("abcdefgh", explained) for key, value in e.result().items()}
     n = explained[0].n
     return {**out, "mse": sum(e.error for e in explained) / (n * sum(e.d for e in explained))}
 
-def _per_partition(cc, fired, n): # how often each feature fired -> L0 and dead features, in all and per partition
+
+def _per_partition(cc, fired, n):  # how often each feature fired -> L0 and dead features, in all and per partition
     name = lambda part: part if part == "shared" else f"{part.lower()}_excl"
     parts = {name(part): fired[s] for part, s in cc.partition.features.items()}
     dead = lambda f: (f == 0).float().mean().item() if len(f) else 0.0
-    return {"l0_total": fired.sum().item() / n, **{f"l0_{p}": f.sum().item() / n for p, f in parts.items()},
-            "dead_fraction": dead(fired), **{f"dead_{p}": dead(f) for p, f in parts.items()}}
+    return {
+        "l0_total": fired.sum().item() / n,
+        **{f"l0_{p}": f.sum().item() / n for p, f in parts.items()},
+        "dead_fraction": dead(fired),
+        **{f"dead_{p}": dead(f) for p, f in parts.items()},
+    }

@@ -18,17 +18,24 @@ from tqdm import tqdm
 
 from ..basics import BadInput
 from ..model.sparse import dots, sum_by_feature
-from ..stats import Affine, critical_value, effective_groups, Moments, q_values, ratio_interval
+from ..stats import Affine, Moments, critical_value, effective_groups, q_values, ratio_interval
 
 # %% ../../nbs/analysis/41_evidence.ipynb #8c9e8116
 class RunningMoments:
     "Sums over rows from which follow the covariance of activations, and that of each feature with them."
-    def __init__(self, centre, n_features=0): # (Σd,) a point near the mean; size of the dictionary
+
+    def __init__(self, centre, n_features=0):  # (Σd,) a point near the mean; size of the dictionary
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=centre.device)
         d, self.n, self.centre = len(centre), 0, centre
-        self.x, self.xx, self.f, self.ff, self.fx = zeros(d), zeros(d, d), zeros(n_features), zeros(n_features), centre.new_zeros(n_features, d)
+        self.x, self.xx, self.f, self.ff, self.fx = (
+            zeros(d),
+            zeros(d, d),
+            zeros(n_features),
+            zeros(n_features),
+            centre.new_zeros(n_features, d),
+        )
 
-    def add(self, x, mine, codes=None): # flat activations (rows, Σd), which of the rows (bool), and their features
+    def add(self, x, mine, codes=None):  # flat activations (rows, Σd), which of the rows (bool), and their features
         x = (x - self.centre) * mine[:, None]
         if codes is not None:
             v, l = codes.values * mine[codes.layout.rows], codes.layout
@@ -37,35 +44,50 @@ class RunningMoments:
             self.fx += sum_by_feature(l, v, x)
         self.n, self.x, self.xx = self.n + int(mine.sum()), self.x + x.sum(0), self.xx + x.T @ x
 
-    def __add__(self, other): # of the same centre
+    def __add__(self, other):  # of the same centre
         out = RunningMoments(self.centre)
-        for name in ("n", "x", "xx", "f", "ff", "fx"): setattr(out, name, getattr(self, name) + getattr(other, name))
+        for name in ("n", "x", "xx", "f", "ff", "fx"):
+            setattr(out, name, getattr(self, name) + getattr(other, name))
         return out
 
     @property
-    def moments(self): return Moments(self.n, self.centre + self.x / self.n, self.xx / self.n - torch.outer(self.x, self.x) / self.n**2)
+    def moments(self):
+        return Moments(
+            self.n, self.centre + self.x / self.n, self.xx / self.n - torch.outer(self.x, self.x) / self.n**2
+        )
+
     @property
-    def variance_f(self): return (self.ff / self.n - (self.f / self.n).square()).clamp(min=0)  # (n_features,)
+    def variance_f(self):
+        return (self.ff / self.n - (self.f / self.n).square()).clamp(min=0)  # (n_features,)
+
     @property
-    def covariance_f(self): return self.fx / self.n - torch.outer(self.f, self.x) / self.n**2   # (n_features, Σd)
+    def covariance_f(self):
+        return self.fx / self.n - torch.outer(self.f, self.x) / self.n**2  # (n_features, Σd)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #6212d33c
-def _affine_r2(guess, tested, directions): # `Affine` of other rows, moments of the held-out rows, (n_features, d_m) of each model -> for each (n_features,)
+def _affine_r2(
+    guess, tested, directions
+):  # `Affine` of other rows, moments of the held-out rows, (n_features, d_m) of each model -> for each (n_features,)
     _, mean, cov = tested
     matrix, off, out, start = guess.matrix.double(), guess(mean.float()).double(), [], 0
     left = matrix @ cov @ matrix.T
     for d in directions:
         u, c = F.normalize(d.double().cpu()), slice(start, start := start + d.shape[1])
         total = ((u @ cov[c, c]) * u).sum(1)
-        out.append(torch.where(total > 0, 1 - (((u @ left[c, c]) * u).sum(1) + (u @ off[c]).square()) / total, torch.nan)) # nan without a direction
+        out.append(
+            torch.where(total > 0, 1 - (((u @ left[c, c]) * u).sum(1) + (u @ off[c]).square()) / total, torch.nan)
+        )  # nan without a direction
     return out
 
 # %% ../../nbs/analysis/41_evidence.ipynb #1a38d72d
-def _inverse(cov, ridge=1e-3): # of the covariance with a ridge, relative to the mean variance of a channel
+def _inverse(cov, ridge=1e-3):  # of the covariance with a ridge, relative to the mean variance of a channel
     eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(cov + (ridge * cov.diagonal().mean()).clamp(min=1e-12) * eye))
 
-def _carry(joint, own, other, directions, features): # channels of two models, (n, d_own), their numbers (n,) -> (n, d_other)
+
+def _carry(
+    joint, own, other, directions, features
+):  # channels of two models, (n, d_own), their numbers (n,) -> (n, d_other)
     cov, d = joint.moments.cov, directions.double()
     both = joint.covariance_f[features] / joint.variance_f[features].sqrt().clamp(min=1e-30)[:, None]
     u, g, inverse = both[:, own], both[:, other], _inverse(cov[own, own])
@@ -74,52 +96,66 @@ def _carry(joint, own, other, directions, features): # channels of two models, (
     return q @ cov[own, other] - g * (q * u).sum(1, keepdim=True)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #76edb31d
-def text_groups(part, most: int = 64) -> Tensor: # (rows,) int64
+def text_groups(part, most: int = 64) -> Tensor:  # (rows,) int64
     "Deal the texts to groups, in the order of their numbers."
     return torch.from_numpy(pd.factorize(part.rows.text.to_numpy(), sort=True)[0] % most)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #02df1393
-def _chunks(cc, part, max_rows, progress, what): # numbers of rows, their flat activations and features; of many rows `max_rows`, spread evenly
+def _chunks(
+    cc, part, max_rows, progress, what
+):  # numbers of rows, their flat activations and features; of many rows `max_rows`, spread evenly
     rows = torch.arange(len(part)) if len(part) <= max_rows else torch.arange(max_rows) * len(part) // max_rows
     for some in tqdm(rows.split(4096), desc=what, unit=" batches", delay=2, disable=not progress):
         x = cc.flat(part.take(some))
         yield some, x, cc.codes(x)
 
-def _joints(cc, part, sets, max_rows, progress): # a `RunningMoments` for each set of rows
+
+def _joints(cc, part, sets, max_rows, progress):  # a `RunningMoments` for each set of rows
     out = None
     for some, x, codes in _chunks(cc, part, max_rows, progress, "probes"):
         out = out or [RunningMoments(x.mean(0), cc.dict_size) for _ in range(int(sets.max()) + 1)]
-        for i, joint in enumerate(out): joint.add(x, (sets[some] == i).to(x.device), codes)
+        for i, joint in enumerate(out):
+            joint.add(x, (sets[some] == i).to(x.device), codes)
     return out
 
-def _probes(joint, channels): # (n_features, Σd): what reads each feature off A alone, and off B alone, side by side
+
+def _probes(joint, channels):  # (n_features, Σd): what reads each feature off A alone, and off B alone, side by side
     cov, with_f = joint.moments.cov, joint.covariance_f
     return torch.cat([with_f[:, c] @ _inverse(cov[c, c]) for c in channels], 1)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #0c825fe8
-def _pass(cc, part, group, fold, weights, targets, max_rows, progress): # -> sums by name, each (groups, n_features); a `RunningMoments` of the rows of each fold
+def _pass(
+    cc, part, group, fold, weights, targets, max_rows, progress
+):  # -> sums by name, each (groups, n_features); a `RunningMoments` of the rows of each fold
     n_groups, channels, bias = int(group.max()) + 1, cc.partition.channels, cc.offset
     own = [(cc.directions(m) * targets[:, c]).sum(1) for m, c in enumerate(channels)]
     sums, tests = {}, None
     for some, x, codes in _chunks(cc, part, max_rows, progress, "evidence"):
         v, l = codes
         tests = tests or [RunningMoments(x.mean(0)) for _ in weights]
-        for i, joint in enumerate(tests): joint.add(x, (fold[some] == i).to(x.device))
+        for i, joint in enumerate(tests):
+            joint.add(x, (fold[some] == i).to(x.device))
         key, side = group[some].to(x.device)[l.rows] * cc.dict_size + l.indices, fold[some].to(x.device)[l.rows]
+
         def put(name, values):
-            if name not in sums: sums[name] = torch.zeros(n_groups * cc.dict_size, dtype=torch.float64, device=x.device)
+            if name not in sums:
+                sums[name] = torch.zeros(n_groups * cc.dict_size, dtype=torch.float64, device=x.device)
             sums[name].index_add_(0, key, values.double())
+
         put("count", v > 0), put("f", v), put("ff", v.double().square())
         recon = cc.reconstruct(codes) - bias
         for m, c in enumerate(channels):
             dot = lambda y, w: dots(l, y[:, c].contiguous(), w[:, c].contiguous())
             put(("r", m), v * dot(recon, targets))
             put(("eps", m), v * (dot(x - bias - recon, targets) + v * own[m][l.indices]))
-            for h in (0, 1): put((h, m), v * torch.stack([dot(x - tests[0].centre, w[h]) for w in weights]).gather(0, side[None])[0])
+            for h in (0, 1):
+                put((h, m), v * torch.stack([dot(x - tests[0].centre, w[h]) for w in weights]).gather(0, side[None])[0])
     return {name: s.view(n_groups, -1) for name, s in sums.items()}, tests
 
 # %% ../../nbs/analysis/41_evidence.ipynb #1e179c55
-def _readings(sums, tests, weights, fold_of_group, channels): # {(probe, model): (groups, n_features) sum of feature × reading}; probe None is the mean of both
+def _readings(
+    sums, tests, weights, fold_of_group, channels
+):  # {(probe, model): (groups, n_features) sum of feature × reading}; probe None is the mean of both
     out = {}
     for m, c in enumerate(channels):
         for h in (0, 1, None):
@@ -133,28 +169,34 @@ def _readings(sums, tests, weights, fold_of_group, channels): # {(probe, model):
 # %% ../../nbs/analysis/41_evidence.ipynb #c4b74f30
 class Measured(NamedTuple):
     "Sums of a held-out pass, each (groups, n_features)."
-    sums: dict      # "count", "f", "ff"; ("r" or "eps", model): latent scaling's numerators
+
+    sums: dict  # "count", "f", "ff"; ("r" or "eps", model): latent scaling's numerators
     readings: dict  # (probe, model): feature × reading; probe 0 and 1 from different texts, None their mean
-    targets: Tensor # (n_features, Σd) the direction of each feature's owner, and that direction carried over
-    owner: Tensor   # (n_features,) the model with the larger decoder, 0 or 1
-    fitted: RunningMoments   # of the rows that probes and maps were fitted on
-    tested: RunningMoments   # of the held-out rows
+    targets: Tensor  # (n_features, Σd) the direction of each feature's owner, and that direction carried over
+    owner: Tensor  # (n_features,) the model with the larger decoder, 0 or 1
+    fitted: RunningMoments  # of the rows that probes and maps were fitted on
+    tested: RunningMoments  # of the held-out rows
 
 # %% ../../nbs/analysis/41_evidence.ipynb #d783b523
 @torch.no_grad()
-def measure(cc,                      # a `CrossCoder` of two models, in eval mode
-            part,                    # held-out part: a store or a part of one
-            fit=None,                # the training part, for probes and maps; by default they are fitted across the halves of `part`
-            max_rows: int = 100_000, # of either part, spread evenly
-            progress: bool = True    # show a progress bar where it takes over two seconds
-           ) -> Measured:
+def measure(
+    cc,  # a `CrossCoder` of two models, in eval mode
+    part,  # held-out part: a store or a part of one
+    fit=None,  # the training part, for probes and maps; by default they are fitted across the halves of `part`
+    max_rows: int = 100_000,  # of either part, spread evenly
+    progress: bool = True,  # show a progress bar where it takes over two seconds
+) -> Measured:
     "One pass to fit probes and maps, one to measure."
     channels, group = cc.partition.channels, text_groups(part)
-    if len(channels) != 2: raise BadInput(f"evidence compares two models, this crosscoder has {len(channels)}")
-    rows, sets, fold = (part, group % 4, group % 2) if fit is None else (fit, text_groups(fit) % 2, torch.zeros_like(group))
+    if len(channels) != 2:
+        raise BadInput(f"evidence compares two models, this crosscoder has {len(channels)}")
+    rows, sets, fold = (
+        (part, group % 4, group % 2) if fit is None else (fit, text_groups(fit) % 2, torch.zeros_like(group))
+    )
     least = 4 if fit is None else 2
     for name, groups in (("the held-out part", group), ("the rows to fit on", sets)):
-        if len(found := groups.unique()) < least: raise BadInput(f"evidence by text needs at least {least} texts in {name}, found {len(found)}")
+        if len(found := groups.unique()) < least:
+            raise BadInput(f"evidence by text needs at least {least} texts in {name}, found {len(found)}")
     joints = _joints(cc, rows, sets, max_rows, progress)
     ws = [_probes(j, channels).to(cc.encoder) for j in joints]
     weights = [(ws[0], ws[1])] if fit is not None else [(ws[1], ws[3]), (ws[0], ws[2])]
@@ -162,118 +204,172 @@ def measure(cc,                      # a `CrossCoder` of two models, in eval mod
     owner, targets = _targets(cc, fitted)
     sums, tests = _pass(cc, part, group, fold, weights, targets, max_rows, progress)
     fold_of_group = torch.zeros(len(sums["f"]), dtype=torch.long).index_copy_(0, group, fold).to(targets.device)
-    return Measured(sums, _readings(sums, tests, weights, fold_of_group, channels), targets, owner, fitted, sum(tests[1:], tests[0]))
+    return Measured(
+        sums, _readings(sums, tests, weights, fold_of_group, channels), targets, owner, fitted, sum(tests[1:], tests[0])
+    )
 
 # %% ../../nbs/analysis/41_evidence.ipynb #3163e9d6
-def _targets(cc, fitted): # owner (n_features,), its direction in its own model and carried to the other (n_features, Σd)
+def _targets(
+    cc, fitted
+):  # owner (n_features,), its direction in its own model and carried to the other (n_features, Σd)
     channels = cc.partition.channels
     a, b = (cc.decoder[:, c].norm(dim=1) for c in channels)
     owner, targets = (b > a).long(), torch.cat([cc.directions(m) for m in (0, 1)], 1)
     for m in (0, 1):
         features = (owner == m).nonzero().squeeze(1)
         carried = _carry(fitted, channels[m], channels[1 - m], cc.directions(m)[features], features)
-        targets[features, channels[1 - m]] = carried.nan_to_num(0.).to(targets)
+        targets[features, channels[1 - m]] = carried.nan_to_num(0.0).to(targets)
     return owner, targets
 
 # %% ../../nbs/analysis/41_evidence.ipynb #a9a8b3ad
-LIMIT = 0.5 # of the amplitude: what carries less than half is exclusive; the published criterion for latent scaling
+LIMIT = 0.5  # of the amplitude: what carries less than half is exclusive; the published criterion for latent scaling
 
-def _enough(sums): # features that fire in at least ten rows and three groups: the others say nothing
+
+def _enough(sums):  # features that fire in at least ten rows and three groups: the others say nothing
     return (sums["count"].sum(0) >= 10) & ((sums["count"] > 0).sum(0) >= 3)
 
-def compared(m: Measured
-            ) -> tuple[Tensor, Tensor, Tensor]: # the model with the larger reading (n_features,); its reading, capped, and the other's (groups, n_features)
+
+def compared(
+    m: Measured,
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # the model with the larger reading (n_features,); its reading, capped, and the other's (groups, n_features)
     "What the label compares, for each feature."
     a, b = m.readings[None, 0], m.readings[None, 1]
     each = torch.stack([a.sum(0), b.sum(0)]) / (m.sums["ff"].sum(0) * m.sums["count"].sum(0)).sqrt()
     enough = _enough(m.sums)
     usual = each[:, enough].median(1).values if enough.any() else each.new_full((2,), torch.inf)
     own = (each[1] > each[0]).long()
-    cap = (usual[1 - own] / each.amax(0)).nan_to_num(1.).clamp(0, 1)
+    cap = (usual[1 - own] / each.amax(0)).nan_to_num(1.0).clamp(0, 1)
     return own, torch.where(own == 0, a, b) * cap, torch.where(own == 0, b, a)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #82b67b7a
-def _slope(y, z): # sum of y over sum of z, and the square of its standard error over groups
+def _slope(y, z):  # sum of y over sum of z, and the square of its standard error over groups
     k, slope = effective_groups(z), y.sum(0) / z.sum(0)
     return slope, (y - slope * z).square().sum(0) / z.sum(0).square() * k / (k - 1).clamp(min=1e-9)
 
-def _score(contrast, variance, k): return (contrast / variance.clamp(min=1e-30).sqrt() / critical_value(k)).nan_to_num(0., 0., 0.)
 
-def scores(m: Measured) -> Tensor: # (n_features,)
+def _score(contrast, variance, k):
+    return (contrast / variance.clamp(min=1e-30).sqrt() / critical_value(k)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def scores(m: Measured) -> Tensor:  # (n_features,)
     "How far each feature is on the exclusive side: over 1, the 95 % interval says so for this feature alone."
     _, own, other = compared(m)
     return _score(*_slope(LIMIT * own - other, m.sums["ff"]), effective_groups(m.sums["ff"]))
 
 # %% ../../nbs/analysis/41_evidence.ipynb #2f824e8a
-def decoys(m: Measured,
-           halvings: int = 20, # ways to halve the held-out texts
-           seed: int = 0       # of these
-          ) -> Tensor: # (2 × halvings, n_features)
+def decoys(
+    m: Measured,
+    halvings: int = 20,  # ways to halve the held-out texts
+    seed: int = 0,  # of these
+) -> Tensor:  # (2 × halvings, n_features)
     "Scores of each model against itself on two halves of the texts."
     z, out, g = m.sums["ff"], [], torch.Generator().manual_seed(seed)
     for _ in range(halvings):
         first = (torch.randperm(len(z), generator=g) < len(z) // 2).to(z)[:, None]
         for model in (0, 1):
-            b, v = map(torch.stack, zip(*[_slope(m.readings[h, model] * some, z * some) for h, some in ((0, first), (1, 1 - first))]))
+            b, v = map(
+                torch.stack,
+                zip(*[_slope(m.readings[h, model] * some, z * some) for h, some in ((0, first), (1, 1 - first))]),
+            )
             own, other = b.argmax(0, keepdim=True), b.argmin(0, keepdim=True)
-            out.append(_score(LIMIT * b.gather(0, own) - b.gather(0, other), LIMIT**2 * v.gather(0, own) + v.gather(0, other), effective_groups(z))[0])
+            out.append(
+                _score(
+                    LIMIT * b.gather(0, own) - b.gather(0, other),
+                    LIMIT**2 * v.gather(0, own) + v.gather(0, other),
+                    effective_groups(z),
+                )[0]
+            )
     return torch.stack(out)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #aa0b7b17
-def _nearest_features(cc, m): # (n_features,) the other feature whose direction in the other model is closest, and the cosine
+def _nearest_features(
+    cc, m
+):  # (n_features,) the other feature whose direction in the other model is closest, and the cosine
     number, cosine = (torch.zeros_like(m.owner), torch.zeros(len(m.owner), device=m.owner.device))
     for model, c in enumerate(cc.partition.channels):
         written = F.normalize(cc.directions(model))
         for some in (m.owner == 1 - model).nonzero().squeeze(1).split(2048):
             found = F.normalize(m.targets[some, c]) @ written.T
-            cosine[some], number[some] = found.scatter(1, some[:, None], -2.).max(1)
+            cosine[some], number[some] = found.scatter(1, some[:, None], -2.0).max(1)
     return number.cpu().numpy(), cosine.cpu().numpy()
 
 # %% ../../nbs/analysis/41_evidence.ipynb #ff0147b8
-def evidence(cc,                      # a `CrossCoder` of two models
-             part,                    # held-out part: a store or a part of one
-             fit=None,                # the training part, for probes and maps; by default they are fitted across the halves of `part`
-             max_rows: int = 100_000, # of either part, spread evenly
-             progress: bool = True    # show a progress bar where it takes over two seconds
-            ) -> pd.DataFrame: # a row a feature; share, nu_r and nu_eps have columns _low and _high beside them
+def evidence(
+    cc,  # a `CrossCoder` of two models
+    part,  # held-out part: a store or a part of one
+    fit=None,  # the training part, for probes and maps; by default they are fitted across the halves of `part`
+    max_rows: int = 100_000,  # of either part, spread evenly
+    progress: bool = True,  # show a progress bar where it takes over two seconds
+) -> pd.DataFrame:  # a row a feature; share, nu_r and nu_eps have columns _low and _high beside them
     "What each model carries of each feature, on held-out rows."
     was, _ = cc.training, cc.eval()
-    try: return _table(cc, measure(cc, part, fit, max_rows, progress))
-    finally: cc.train(was)
+    try:
+        return _table(cc, measure(cc, part, fit, max_rows, progress))
+    finally:
+        cc.train(was)
 
-def _table(cc, m): # -> DataFrame
+
+def _table(cc, m):  # -> DataFrame
     s, k, names = m.sums, effective_groups(m.sums["ff"]), np.array(["A", "B"])
     own, owns, others = compared(m)
     score, enough = scores(m), _enough(s)
     q = torch.full_like(score, torch.nan)
     q[enough] = q_values(score[enough], decoys(m)[:, enough])
     power = m.tested.n * s["ff"].sum(0) - s["f"].sum(0).square()
-    columns = {"rows_fired": s["count"].sum(0).long(), "effective_texts": k, **{f"probe_r2_{n}": m.readings[None, i].sum(0).clamp(min=0).square() / power for i, n in enumerate("ab")}}
-    columns |= {f"share{end}": v.clamp(0, 1).square() for end, v in zip(("", "_low", "_high"), ratio_interval(others, owns, k))}
-    for kind in ("r", "eps"): columns |= {f"nu_{kind}{end}": v for end, v in zip(("", "_low", "_high"), ratio_interval(*_scaling(cc, m, kind), k))}
+    columns = {
+        "rows_fired": s["count"].sum(0).long(),
+        "effective_texts": k,
+        **{f"probe_r2_{n}": m.readings[None, i].sum(0).clamp(min=0).square() / power for i, n in enumerate("ab")},
+    }
+    columns |= {
+        f"share{end}": v.clamp(0, 1).square() for end, v in zip(("", "_low", "_high"), ratio_interval(others, owns, k))
+    }
+    for kind in ("r", "eps"):
+        columns |= {
+            f"nu_{kind}{end}": v for end, v in zip(("", "_low", "_high"), ratio_interval(*_scaling(cc, m, kind), k))
+        }
     fit, test = (Moments(n, mean.cpu(), cov.cpu()) for n, mean, cov in (m.fitted.moments, m.tested.moments))
-    columns |= dict(zip(("affine_r2_a", "affine_r2_b"), _affine_r2(Affine(fit, cc.d_in), test, [cc.directions(i) for i in (0, 1)])))
-    table = pd.DataFrame({"owner": names[m.owner.cpu()], "reader": names[own.cpu()], **{name: v.cpu().numpy() for name, v in columns.items()}})
+    columns |= dict(
+        zip(("affine_r2_a", "affine_r2_b"), _affine_r2(Affine(fit, cc.d_in), test, [cc.directions(i) for i in (0, 1)]))
+    )
+    table = pd.DataFrame(
+        {
+            "owner": names[m.owner.cpu()],
+            "reader": names[own.cpu()],
+            **{name: v.cpu().numpy() for name, v in columns.items()},
+        }
+    )
     table["nearest"], table["nearest_cosine"] = _nearest_features(cc, m)
     return table.assign(score=score.cpu().numpy(), q_value=q.cpu().numpy()).rename_axis("feature")
 
-def _scaling(cc, m, kind): # latent scaling's sums of the other model and of the owner, per unit of direction
+
+def _scaling(cc, m, kind):  # latent scaling's sums of the other model and of the owner, per unit of direction
     a, b = (m.sums[kind, i] / m.targets[:, c].double().square().sum(1) for i, c in enumerate(cc.partition.channels))
     return torch.where(m.owner == 0, b, a), torch.where(m.owner == 0, a, b)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #2a89be7a
-def label_features(table: pd.DataFrame, # from `evidence`
-                   q: float = 0.05      # share of false ones to accept among those labelled A or B
-                  ) -> pd.DataFrame: # label: A, B, shared, undecided or dead; q_value
+def label_features(
+    table: pd.DataFrame,  # from `evidence`
+    q: float = 0.05,  # share of false ones to accept among those labelled A or B
+) -> pd.DataFrame:  # label: A, B, shared, undecided or dead; q_value
     "Whose feature each is. A or B needs a q-value and an interval of `share` below a quarter; shared needs an interval above it."
     exclusive = (table.q_value <= q) & (table.share_high < LIMIT**2)
-    label = np.select([table.rows_fired == 0, exclusive, table.q_value.notna() & (table.share_low > LIMIT**2)], ["dead", table.reader, "shared"], "undecided")
+    label = np.select(
+        [table.rows_fired == 0, exclusive, table.q_value.notna() & (table.share_low > LIMIT**2)],
+        ["dead", table.reader, "shared"],
+        "undecided",
+    )
     return pd.DataFrame({"label": label, "q_value": table.q_value}, index=table.index)
 
 # %% ../../nbs/analysis/41_evidence.ipynb #d9f81b08
-def stability(runs,                # crosscoders trained from different seeds, or their directions (n_features, Σd); the first is asked about
-              cosine: float = 0.8  # over this, a feature came back
-             ) -> pd.DataFrame: # a row for each feature of the first run: run_1, run_2, …: cosine of the best match; comes_back: in how many
+def stability(
+    runs,  # crosscoders trained from different seeds, or their directions (n_features, Σd); the first is asked about
+    cosine: float = 0.8,  # over this, a feature came back
+) -> (
+    pd.DataFrame
+):  # a row for each feature of the first run: run_1, run_2, …: cosine of the best match; comes_back: in how many
     "Which features come back over training seeds."
     first, *others = [F.normalize(getattr(r, "decoder", r).detach().float()) for r in runs]
     best = [torch.cat([(some @ other.T).amax(1) for some in first.split(2048)]).cpu().numpy() for other in others]

@@ -18,37 +18,47 @@ from .features import _evaluating
 from ..basics import printable
 
 # %% ../../nbs/analysis/43_examples.ipynb #dc1bef9f
-def _whole(part): return getattr(part, "store", part) # the store that row numbers refer to
+def _whole(part):
+    return getattr(part, "store", part)  # the store that row numbers refer to
 
-def example_text(store,              # the store that the table was made from, or a part of it
-                 example: dict,      # one of a feature's examples
-                 width: int = 60     # characters on either side
-                ) -> tuple[str, str, str]: # before, token, after
+
+def example_text(
+    store,  # the store that the table was made from, or a part of it
+    example: dict,  # one of a feature's examples
+    width: int = 60,  # characters on either side
+) -> tuple[str, str, str]:  # before, token, after
     "The token of an example and the text around it."
     store = _whole(store)
     text, row = store.texts.text.iat[example["text"]], store.rows.iloc[example["row"]]
-    return text[max(0, row["start"] - width):row["start"]], text[row["start"]:row["end"]], text[row["end"]:row["end"] + width]
+    return (
+        text[max(0, row["start"] - width) : row["start"]],
+        text[row["start"] : row["end"]],
+        text[row["end"] : row["end"] + width],
+    )
 
 # %% ../../nbs/analysis/43_examples.ipynb #0c108198
 class Piece(NamedTuple):
     "A stretch of text with one activation."
-    text: str      # as it is in the text, not escaped
-    value: float   # activation of the feature, 0 where unknown
-    is_token: bool # is it the example's own token?
 
-def _pieces(text, spans, values, own, width): # text around spans[own], cut where the activation changes
+    text: str  # as it is in the text, not escaped
+    value: float  # activation of the feature, 0 where unknown
+    is_token: bool  # is it the example's own token?
+
+
+def _pieces(text, spans, values, own, width):  # text around spans[own], cut where the activation changes
     a, b = max(0, spans[own][0] - width), min(len(text), spans[own][1] + width)
-    value, mine = [0.] * (b - a), [False] * (b - a)
+    value, mine = [0.0] * (b - a), [False] * (b - a)
     for i, ((start, end), v) in enumerate(zip(spans, values)):
-        for c in range(max(start, a) - a, min(end, b) - a): value[c], mine[c] = max(value[c], v), mine[c] or i == own
+        for c in range(max(start, a) - a, min(end, b) - a):
+            value[c], mine[c] = max(value[c], v), mine[c] or i == own
     runs = [(key, len(list(run))) for key, run in groupby(zip(value, mine))]
     ends = np.cumsum([a, *(n for _, n in runs)]).tolist()
     pieces = [Piece(text[s:e], *key) for (key, _), s, e in zip(runs, ends, ends[1:])]
-    return [Piece("…", 0., False)] * (a > 0) + pieces + [Piece("…", 0., False)] * (b < len(text))
+    return [Piece("…", 0.0, False)] * (a > 0) + pieces + [Piece("…", 0.0, False)] * (b < len(text))
 
 # %% ../../nbs/analysis/43_examples.ipynb #4c04ed30
 @torch.no_grad()
-def _activations(cc, store, rows, feature): # (n,) activation of feature[i] on row rows[i]
+def _activations(cc, store, rows, feature):  # (n,) activation of feature[i] on row rows[i]
     out = torch.zeros(len(rows))
     with _evaluating(cc):
         for some in torch.arange(len(rows)).split(1024):
@@ -57,61 +67,99 @@ def _activations(cc, store, rows, feature): # (n,) activation of feature[i] on r
             out[some[layout.rows.cpu()[hit]]] = values.cpu()[hit]
     return out
 
-def around(cc,            # the crosscoder of the table, or None for no values of the neighbours
-           store,         # the store that the table was made from, or a part of it
-           wanted: list,  # pairs of a feature's number and one of its examples
-           width: int = 60# characters on either side
-          ) -> list[list[Piece]]:
+
+def around(
+    cc,  # the crosscoder of the table, or None for no values of the neighbours
+    store,  # the store that the table was made from, or a part of it
+    wanted: list,  # pairs of a feature's number and one of its examples
+    width: int = 60,  # characters on either side
+) -> list[list[Piece]]:
     "The text around each example, with the feature's activation on each token of it."
     store, near = _whole(store), []
     number, start, end = (store.rows[c].to_numpy() for c in ("text", "start", "end"))
     for _, e in wanted:
-        rows = np.arange(*np.searchsorted(number, [e["text"], e["text"] + 1])) # a text's rows lie together
-        near.append(rows[((end[rows] > start[e["row"]] - width) & (start[rows] < end[e["row"]] + width)) | (rows == e["row"])])
-    if cc is None: values = [[float(e["value"]) * (r == e["row"]) for r in rows] for rows, (_, e) in zip(near, wanted)]
+        rows = np.arange(*np.searchsorted(number, [e["text"], e["text"] + 1]))  # a text's rows lie together
+        near.append(
+            rows[((end[rows] > start[e["row"]] - width) & (start[rows] < end[e["row"]] + width)) | (rows == e["row"])]
+        )
+    if cc is None:
+        values = [[float(e["value"]) * (r == e["row"]) for r in rows] for rows, (_, e) in zip(near, wanted)]
     else:
         feature = torch.tensor([j for (j, _), rows in zip(wanted, near) for _ in rows])
         flat = _activations(cc, store, torch.from_numpy(np.concatenate([*near, []]).astype(int)), feature)
         values = [v.tolist() for v in flat.split([len(rows) for rows in near])]
-    return [_pieces(store.texts.text.iat[e["text"]], list(zip(start[rows].tolist(), end[rows].tolist())), v, rows.tolist().index(e["row"]), width)
-            for (_, e), rows, v in zip(wanted, near, values)]
+    return [
+        _pieces(
+            store.texts.text.iat[e["text"]],
+            list(zip(start[rows].tolist(), end[rows].tolist())),
+            v,
+            rows.tolist().index(e["row"]),
+            width,
+        )
+        for (_, e), rows, v in zip(wanted, near, values)
+    ]
 
 # %% ../../nbs/analysis/43_examples.ipynb #69583709
 def headline(table, feature: int) -> str:
     "What the table says of one feature, in a line."
     t = table.loc[feature]
-    parts = [f"feature {feature}", t.label if t.label == t.partition else f"{t.label} ({t.partition})", f"R {t.relative_norm:.2f}", f"fires on {100 * t.rate:.2f} % of rows"]
-    return printable(", ".join(parts + [f"AUROC {s} {t[f'auroc_{s}']:.2f}" for s in table.attrs["sources"] if f"auroc_{s}" in table]))
+    parts = [
+        f"feature {feature}",
+        t.label if t.label == t.partition else f"{t.label} ({t.partition})",
+        f"R {t.relative_norm:.2f}",
+        f"fires on {100 * t.rate:.2f} % of rows",
+    ]
+    return printable(
+        ", ".join(parts + [f"AUROC {s} {t[f'auroc_{s}']:.2f}" for s in table.attrs["sources"] if f"auroc_{s}" in table])
+    )
 
-class describe_features: # lower case: it is used as a function and shows itself
+
+class describe_features:  # lower case: it is used as a function and shows itself
     "The top examples of some features: text in a terminal, shaded by activation in a notebook."
-    def __init__(self,
-                 table,          # from `feature_table`
-                 store,          # the store that it was made from, or a part of it
-                 features,       # numbers of features
-                 cc=None,        # the crosscoder, for the activations of neighbouring tokens
-                 width: int = 60 # characters on either side of a token
-                ):
+
+    def __init__(
+        self,
+        table,  # from `feature_table`
+        store,  # the store that it was made from, or a part of it
+        features,  # numbers of features
+        cc=None,  # the crosscoder, for the activations of neighbouring tokens
+        width: int = 60,  # characters on either side of a token
+    ):
         self.table = table
         wanted = [(int(j), e) for j in features for e in table.examples[j]]
         shown = list(zip(wanted, around(cc, store, wanted, width)))
         self.shown = {int(j): [(e, pieces) for (i, e), pieces in shown if i == j] for j in features}
 
     def __repr__(self):
-        line = lambda e, pieces: "".join(f"«{printable(p.text)}»" if p.is_token else printable(p.text) for p in pieces) or f"row {e['row']}, no text"
-        return "\n".join("\n".join([headline(self.table, j), *(f"  {e['value']:8.3g}  {printable(e['source'])}: {line(e, ps)}" for e, ps in shown)])
-                         for j, shown in self.shown.items())
+        line = lambda e, pieces: (
+            "".join(f"«{printable(p.text)}»" if p.is_token else printable(p.text) for p in pieces)
+            or f"row {e['row']}, no text"
+        )
+        return "\n".join(
+            "\n".join(
+                [
+                    headline(self.table, j),
+                    *(f"  {e['value']:8.3g}  {printable(e['source'])}: {line(e, ps)}" for e, ps in shown),
+                ]
+            )
+            for j, shown in self.shown.items()
+        )
 
 # %% ../../nbs/analysis/43_examples.ipynb #7c6085b2
-def shade(value: float, # activation
-          top: float    # the feature's largest
-         ) -> str: # style of an HTML element
+def shade(
+    value: float,  # activation
+    top: float,  # the feature's largest
+) -> str:  # style of an HTML element
     "Background for an activation: orange, the stronger the deeper; readable on light and dark pages."
     return f"background:rgba(230,159,0,{0.6 * min(1, value / top):.2f})" if value > 0 and top > 0 else ""
 
-def _html(pieces, top): # one line of text, shaded
+
+def _html(pieces, top):  # one line of text, shaded
     mark = ";font-weight:bold;text-decoration:underline"
-    return "".join(f'<span style="{shade(p.value, top)}{mark * p.is_token}">{escape(printable(p.text))}</span>' for p in pieces)
+    return "".join(
+        f'<span style="{shade(p.value, top)}{mark * p.is_token}">{escape(printable(p.text))}</span>' for p in pieces
+    )
+
 
 @patch
 def _repr_html_(self: describe_features):

@@ -21,59 +21,81 @@ from ..basics import BadInput
 # %% ../../nbs/analysis/42_features.ipynb #8f9712c3
 class Firings(NamedTuple):
     "Each time that a feature fired, sorted by feature and then by value."
-    feature: np.ndarray # (n,) int32
-    value: np.ndarray   # (n,) float32, above 0
-    row: np.ndarray     # (n,) int32, position in `rows`
-    rows: np.ndarray    # (n_rows,) int64, the rows that were looked at, counted in the part
-    n_features: int     # size of the dictionary
+
+    feature: np.ndarray  # (n,) int32
+    value: np.ndarray  # (n,) float32, above 0
+    row: np.ndarray  # (n,) int32, position in `rows`
+    rows: np.ndarray  # (n_rows,) int64, the rows that were looked at, counted in the part
+    n_features: int  # size of the dictionary
 
     @property
-    def counts(self): return np.bincount(self.feature, minlength=self.n_features) # (n_features,) how often each fired
+    def counts(self):
+        return np.bincount(self.feature, minlength=self.n_features)  # (n_features,) how often each fired
+
 
 @contextmanager
-def _evaluating(cc): # eval mode, and back to what it was
+def _evaluating(cc):  # eval mode, and back to what it was
     was = cc.training
-    try: yield cc.eval()
-    finally: cc.train(was)
+    try:
+        yield cc.eval()
+    finally:
+        cc.train(was)
 
 # %% ../../nbs/analysis/42_features.ipynb #e731912b
 @torch.no_grad()
-def firings(cc,                      # a `CrossCoder`
-            part,                    # a store or a part of one
-            max_rows: int = 500_000, # look at no more rows than this, spread evenly
-            progress: bool = True    # show a progress bar if it takes over 2 seconds
-           ) -> Firings:
+def firings(
+    cc,  # a `CrossCoder`
+    part,  # a store or a part of one
+    max_rows: int = 500_000,  # look at no more rows than this, spread evenly
+    progress: bool = True,  # show a progress bar if it takes over 2 seconds
+) -> Firings:
     "Which features fire where, in eval mode. An empty part raises `BadInput`."
-    if not len(part): raise BadInput("there are no rows to look at: the store, or this part of it, is empty")
+    if not len(part):
+        raise BadInput("there are no rows to look at: the store, or this part of it, is empty")
     rows = torch.arange(len(part)) if len(part) <= max_rows else torch.arange(max_rows) * len(part) // max_rows
     found = []
-    with _evaluating(cc), tqdm(total=len(rows), desc="features", unit=" rows", unit_scale=True, delay=2, disable=not progress) as bar:
+    with (
+        _evaluating(cc),
+        tqdm(total=len(rows), desc="features", unit=" rows", unit_scale=True, delay=2, disable=not progress) as bar,
+    ):
         for i, some in enumerate(rows.split(1024)):
             values, layout = cc.codes(part.take(some))
             on = values > 0
             found.append([t[on].cpu().numpy() for t in (layout.indices.int(), values, (layout.rows + 1024 * i).int())])
             bar.update(len(some))
     feature, value, row = map(np.concatenate, zip(*found))
-    order = np.lexsort((-row, value, feature)) # of two equal values the earlier row shall count as the stronger
+    order = np.lexsort((-row, value, feature))  # of two equal values the earlier row shall count as the stronger
     return Firings(feature[order], value[order], row[order], rows.numpy(), cc.dict_size)
 
 # %% ../../nbs/analysis/42_features.ipynb #1af9bcc8
-def _geometry(cc): # {column: (dict_size,) array} of the decoder directions
+def _geometry(cc):  # {column: (dict_size,) array} of the decoder directions
     d = [cc.directions(m).double().cpu() for m in range(len(cc.d_in))]
     norms = [x.norm(dim=1) for x in d]
-    cosine = (d[0] * d[1]).sum(1) / (norms[0] * norms[1]) if cc.d_in[0] == cc.d_in[1] else torch.full((cc.dict_size,), torch.nan)
-    columns = {**{f"norm_{m}": n for m, n in zip(ascii_lowercase, norms)}, "relative_norm": norms[0] / (norms[0] + norms[1]), "cosine": cosine}
+    cosine = (
+        (d[0] * d[1]).sum(1) / (norms[0] * norms[1])
+        if cc.d_in[0] == cc.d_in[1]
+        else torch.full((cc.dict_size,), torch.nan)
+    )
+    columns = {
+        **{f"norm_{m}": n for m, n in zip(ascii_lowercase, norms)},
+        "relative_norm": norms[0] / (norms[0] + norms[1]),
+        "cosine": cosine,
+    }
     return {name: c.numpy() for name, c in columns.items()}
 
 # %% ../../nbs/analysis/42_features.ipynb #3b778e4f
-def _sums(f, source, n_sources, weights=None): # sum of weights per feature and source of the row: (n_features, n_sources)
+def _sums(
+    f, source, n_sources, weights=None
+):  # sum of weights per feature and source of the row: (n_features, n_sources)
     key = f.feature.astype(np.int64) * n_sources + source[f.row]
     return np.bincount(key, weights, minlength=f.n_features * n_sources).reshape(f.n_features, n_sources)
 
-def cohens_d(f: Firings,
-             source: np.ndarray, # (n_rows,) number of each row's source
-             n_sources: int
-            ) -> np.ndarray: # (n_features, n_sources); nan where a feature has no variance
+
+def cohens_d(
+    f: Firings,
+    source: np.ndarray,  # (n_rows,) number of each row's source
+    n_sources: int,
+) -> np.ndarray:  # (n_features, n_sources); nan where a feature has no variance
     "Cohen's d of each source against all the other rows."
     n, value = np.bincount(source, minlength=n_sources), f.value.astype(float)
     s, q = (_sums(f, source, n_sources, w) for w in (value, value**2))
@@ -83,8 +105,8 @@ def cohens_d(f: Firings,
         return np.where(pooled > 0, (s / n - rest_s / rest) / np.sqrt(pooled), np.nan)
 
 # %% ../../nbs/analysis/42_features.ipynb #ec92f4c0
-def _ranks(f): # rank of each entry among all rows of its feature, from 1; ties share their mean
-    new = np.ones(len(f.feature), bool) # is an entry the first of its block of ties?
+def _ranks(f):  # rank of each entry among all rows of its feature, from 1; ties share their mean
+    new = np.ones(len(f.feature), bool)  # is an entry the first of its block of ties?
     new[1:] = (f.feature[1:] != f.feature[:-1]) | (f.value[1:] != f.value[:-1])
     first = np.flatnonzero(new)
     last = np.append(first[1:], len(new)) - 1
@@ -92,10 +114,12 @@ def _ranks(f): # rank of each entry among all rows of its feature, from 1; ties 
     counts = f.counts
     return middle - (counts.cumsum() - counts)[f.feature] + 1 + (len(f.rows) - counts)[f.feature]
 
-def auroc(f: Firings,
-          source: np.ndarray, # (n_rows,) number of each row's source
-          n_sources: int
-         ) -> np.ndarray: # (n_features, n_sources)
+
+def auroc(
+    f: Firings,
+    source: np.ndarray,  # (n_rows,) number of each row's source
+    n_sources: int,
+) -> np.ndarray:  # (n_features, n_sources)
     "The AUROC of each source against all the other rows, exact."
     n = np.bincount(source, minlength=n_sources)
     silent = len(f.rows) - f.counts[:, None]
@@ -103,23 +127,32 @@ def auroc(f: Firings,
     return (ranks - n * (n + 1) / 2) / (n * (n.sum() - n))
 
 # %% ../../nbs/analysis/42_features.ipynb #e913e4e3
-def _per_source(f, source, names): # DataFrame with rate_, mean_, cohens_d_ and auroc_ of each source
-    if len(names) < 2: return pd.DataFrame(index=range(f.n_features))
+def _per_source(f, source, names):  # DataFrame with rate_, mean_, cohens_d_ and auroc_ of each source
+    if len(names) < 2:
+        return pd.DataFrame(index=range(f.n_features))
     n = np.bincount(source, minlength=len(names))
-    kinds = {"rate": _sums(f, source, len(names)) / n, "mean": _sums(f, source, len(names), f.value) / n,
-             "cohens_d": cohens_d(f, source, len(names)), "auroc": auroc(f, source, len(names))}
-    return pd.DataFrame({f"{kind}_{name}": values[:, i] for kind, values in kinds.items() for i, name in enumerate(names)})
+    kinds = {
+        "rate": _sums(f, source, len(names)) / n,
+        "mean": _sums(f, source, len(names), f.value) / n,
+        "cohens_d": cohens_d(f, source, len(names)),
+        "auroc": auroc(f, source, len(names)),
+    }
+    return pd.DataFrame(
+        {f"{kind}_{name}": values[:, i] for kind, values in kinds.items() for i, name in enumerate(names)}
+    )
 
-def _overall(f): # {column: (n_features,)} rate, mean where it fires, max
+
+def _overall(f):  # {column: (n_features,)} rate, mean where it fires, max
     counts, total = f.counts, np.bincount(f.feature, f.value, minlength=f.n_features)
     top = np.zeros(f.n_features, np.float32)
-    top[f.feature] = f.value # the last entry of a feature is its strongest
-    with np.errstate(invalid="ignore"): return {"rate": counts / len(f.rows), "mean": total / counts, "max": top}
+    top[f.feature] = f.value  # the last entry of a feature is its strongest
+    with np.errstate(invalid="ignore"):
+        return {"rate": counts / len(f.rows), "mean": total / counts, "max": top}
 
 # %% ../../nbs/analysis/42_features.ipynb #cedc4b48
-def _best(f, kinds, examples): # entries of f: for each feature its strongest rows, strongest first, one of each kind
+def _best(f, kinds, examples):  # entries of f: for each feature its strongest rows, strongest first, one of each kind
     entry = np.arange(len(f.feature))[::-1]
-    for kind in kinds: # a number for each row
+    for kind in kinds:  # a number for each row
         key = f.feature[entry].astype(np.int64) * (kind.max() + 1) + kind[f.row[entry]]
         entry = entry[np.sort(np.unique(key, return_index=True)[1])]
     feature = f.feature[entry]
@@ -127,53 +160,98 @@ def _best(f, kinds, examples): # entries of f: for each feature its strongest ro
     place = np.arange(len(entry)) - np.repeat(starts, np.diff(np.append(starts, len(entry))))
     return entry[place < examples]
 
-def _kinds(where, texts): # two numbers for each row: of the text up to its token, and of the whole text; what is empty is its own kind
+
+def _kinds(
+    where, texts
+):  # two numbers for each row: of the text up to its token, and of the whole text; what is empty is its own kind
     number, used = pd.factorize(where.text.to_numpy())
     content = texts.text.to_numpy()[used]
-    so_far = [hash(content[n][:end]) if end and content[n] else (i,) for i, (n, end) in enumerate(zip(number, where.end))]
+    so_far = [
+        hash(content[n][:end]) if end and content[n] else (i,) for i, (n, end) in enumerate(zip(number, where.end))
+    ]
     own = pd.Series([c or int(n) for c, n in zip(content, used)], dtype=object)
     return pd.factorize(pd.Series(so_far, dtype=object))[0], pd.factorize(own)[0][number]
 
 # %% ../../nbs/analysis/42_features.ipynb #56c5b958
-def _examples(f, part, where, examples): # a list of dicts for each feature
+def _examples(f, part, where, examples):  # a list of dicts for each feature
     out = [[] for _ in range(f.n_features)]
-    if not len(f.feature): return out
-    in_store = part.index.numpy()[f.rows] if hasattr(part, "index") else f.rows # rows are named by their number in the whole store
+    if not len(f.feature):
+        return out
+    in_store = (
+        part.index.numpy()[f.rows] if hasattr(part, "index") else f.rows
+    )  # rows are named by their number in the whole store
     best = _best(f, _kinds(where, part.texts), examples)
     at = where.iloc[f.row[best]]
-    for feature, value, row, text, position, source in zip(f.feature[best].tolist(), f.value[best].tolist(), in_store[f.row[best]].tolist(),
-                                                           at.text.tolist(), at.position.tolist(), at.source.tolist()):
+    for feature, value, row, text, position, source in zip(
+        f.feature[best].tolist(),
+        f.value[best].tolist(),
+        in_store[f.row[best]].tolist(),
+        at.text.tolist(),
+        at.position.tolist(),
+        at.source.tolist(),
+    ):
         out[feature].append({"row": row, "text": text, "position": position, "value": value, "source": source})
     return out
 
 # %% ../../nbs/analysis/42_features.ipynb #b68d9213
-EVIDENCE = [*(f"{name}{end}" for name in ("share", "nu_r", "nu_eps") for end in ("", "_low", "_high")), "probe_r2_a", "probe_r2_b", "affine_r2_a", "affine_r2_b", "nearest", "nearest_cosine"]
+EVIDENCE = [
+    *(f"{name}{end}" for name in ("share", "nu_r", "nu_eps") for end in ("", "_low", "_high")),
+    "probe_r2_a",
+    "probe_r2_b",
+    "affine_r2_a",
+    "affine_r2_b",
+    "nearest",
+    "nearest_cosine",
+]
 
-def _labelled(cc, part, fit, q, counts, progress): # -> label and evidence of each feature, and what was done or why not
-    try: found = evidence(cc, part, fit, progress=progress)
-    except BadInput as e: # too few texts, or more than two models
+
+def _labelled(
+    cc, part, fit, q, counts, progress
+):  # -> label and evidence of each feature, and what was done or why not
+    try:
+        found = evidence(cc, part, fit, progress=progress)
+    except BadInput as e:  # too few texts, or more than two models
         nothing = pd.DataFrame(np.nan, range(len(counts)), ["q_value", *EVIDENCE])
-        return pd.concat([pd.Series(np.where(counts > 0, "undecided", "dead"), name="label"), nothing], axis=1), f"none: {e}"
+        return pd.concat(
+            [pd.Series(np.where(counts > 0, "undecided", "dead"), name="label"), nothing], axis=1
+        ), f"none: {e}"
     label = label_features(found, q).label.to_numpy()
-    label = np.where(counts == 0, "dead", np.where(label == "dead", "undecided", label)) # it may have looked at fewer rows
+    label = np.where(
+        counts == 0, "dead", np.where(label == "dead", "undecided", label)
+    )  # it may have looked at fewer rows
     where = "the held-out rows themselves, across texts" if fit is None else "other rows"
-    return pd.concat([pd.Series(label, name="label"), found[["q_value", *EVIDENCE]].reset_index(drop=True)], axis=1), f"q <= {q}, probes fitted on {where}"
+    return pd.concat(
+        [pd.Series(label, name="label"), found[["q_value", *EVIDENCE]].reset_index(drop=True)], axis=1
+    ), f"q <= {q}, probes fitted on {where}"
 
-def feature_table(cc,                      # a trained `CrossCoder`
-                  part,                    # held-out part of a store, or a store
-                  fit=None,                # the training part, for the evidence's probes; without it they are fitted across the texts of `part`
-                  q: float = 0.05,         # share of false ones accepted among the features labelled A or B
-                  examples: int = 5,       # top activating rows to keep for each feature, no two of the same text
-                  max_rows: int = 500_000, # look at no more rows than this, spread evenly; `table.attrs` says how many there were
-                  progress: bool = True    # show a progress bar if it takes over 2 seconds
-                 ) -> pd.DataFrame:
+
+def feature_table(
+    cc,  # a trained `CrossCoder`
+    part,  # held-out part of a store, or a store
+    fit=None,  # the training part, for the evidence's probes; without it they are fitted across the texts of `part`
+    q: float = 0.05,  # share of false ones accepted among the features labelled A or B
+    examples: int = 5,  # top activating rows to keep for each feature, no two of the same text
+    max_rows: int = 500_000,  # look at no more rows than this, spread evenly; `table.attrs` says how many there were
+    progress: bool = True,  # show a progress bar if it takes over 2 seconds
+) -> pd.DataFrame:
     "One row a feature: partition, label and its evidence, decoder norms, rates, statistics per source, and its top activating rows. Raises `BadInput` for an empty part."
     f = firings(cc, part, max_rows, progress)
     where = part.rows.iloc[f.rows]
     source, names = pd.factorize(where.source.astype(object), sort=True)
     labelled, how = _labelled(cc, part, fit, q, f.counts, progress)
-    table = pd.DataFrame({"partition": cc.partition.labels(), "label": labelled.pop("label"), **_geometry(cc), **_overall(f)}).join(_per_source(f, source, names)).join(labelled)
+    table = (
+        pd.DataFrame(
+            {"partition": cc.partition.labels(), "label": labelled.pop("label"), **_geometry(cc), **_overall(f)}
+        )
+        .join(_per_source(f, source, names))
+        .join(labelled)
+    )
     table["examples"] = _examples(f, part, where, examples)
-    table.attrs = {"rows": len(f.rows), "rows_total": len(part), "texts": int(where.text.nunique()),
-                   "sources": dict(zip(map(str, names), np.bincount(source).tolist())), "evidence": how}
+    table.attrs = {
+        "rows": len(f.rows),
+        "rows_total": len(part),
+        "texts": int(where.text.nunique()),
+        "sources": dict(zip(map(str, names), np.bincount(source).tolist())),
+        "evidence": how,
+    }
     return table.rename_axis("feature")

@@ -16,37 +16,73 @@ from ..basics import printable
 
 # %% ../../nbs/analysis/44_plots.ipynb #8699cdd0
 INK = "#1b1d22"
-COLORS = {"A": "#d55e00", "B": "#0080c8", "undecided": "#b3963a", "shared": "#999999"} # vermilion, blue (after Okabe and Ito 2008, a bit lighter), sand, gray
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.linewidth": 0.6,
-         "axes.titlesize": 9, "axes.titlelocation": "left", "font.size": 9,
-         "grid.alpha": 0.15, "grid.linewidth": 0.6, "grid.color": INK, "legend.frameon": False, "lines.linewidth": 1.4, "svg.hashsalt": "crosscoder",
-         **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}}
+COLORS = {
+    "A": "#d55e00",
+    "B": "#0080c8",
+    "undecided": "#b3963a",
+    "shared": "#999999",
+}  # vermilion, blue (after Okabe and Ito 2008, a bit lighter), sand, gray
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.6,
+    "grid.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "svg.hashsalt": "crosscoder",
+    **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+}
 
-def styled(plot): # a function that draws, in our style
+
+def styled(plot):  # a function that draws, in our style
     @functools.wraps(plot)
     def inner(*args, **kwargs):
         import matplotlib as mpl
-        with mpl.rc_context(STYLE): return plot(*args, **kwargs)
+
+        with mpl.rc_context(STYLE):
+            return plot(*args, **kwargs)
+
     return inner
 
-def _figure(height, *shape, **kwargs): # a figure as wide as all of them, and its axes
+
+def _figure(height, *shape, **kwargs):  # a figure as wide as all of them, and its axes
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(6.4, height), layout="constrained")
     return fig, fig.subplots(*shape, **kwargs)
 
-def _say(axis_setter, text): axis_setter(printable(text), parse_math=False) # a label with somebody's name in it: no TeX, no control characters
+
+def _say(axis_setter, text):
+    axis_setter(printable(text), parse_math=False)  # a label with somebody's name in it: no TeX, no control characters
 
 # %% ../../nbs/analysis/44_plots.ipynb #9e940c95
 @styled
-def plot_training(history: pd.DataFrame # columns step, loss, fve_a, fve_b, l0, dead (a share)
-                 ): # -> matplotlib Figure
+def plot_training(
+    history: pd.DataFrame,  # columns step, loss, fve_a, fve_b, l0, dead (a share)
+):  # -> matplotlib Figure
     "Loss, FVE of each model, L0 and dead features over the steps of training."
     fig, ((loss, fve), (l0, dead)) = _figure(4, 2, 2, sharex=True)
     loss.plot(history.step, history.loss, color=INK)
     loss.set(title="loss", ylim=(0, None))
     for m, column in zip("AB", ("fve_a", "fve_b")):
-        fve.plot(history.step, history[column], color=COLORS[m], ls="-" if m == "A" else "--", label=f"model {m}: {history[column].iloc[-1]:.3f}")
-    fve.set(title="fraction of variance explained (FVE)", ylim=(max(0, min(history.fve_a.min(), history.fve_b.min()) - 0.02), 1))
+        fve.plot(
+            history.step,
+            history[column],
+            color=COLORS[m],
+            ls="-" if m == "A" else "--",
+            label=f"model {m}: {history[column].iloc[-1]:.3f}",
+        )
+    fve.set(
+        title="fraction of variance explained (FVE)",
+        ylim=(max(0, min(history.fve_a.min(), history.fve_b.min()) - 0.02), 1),
+    )
     fve.legend(loc="lower right")
     l0.plot(history.step, history.l0, color=INK)
     l0.set(title="L0: active features a token", xlabel="step", ylim=(0, 1.1 * history.l0.max()))
@@ -55,18 +91,26 @@ def plot_training(history: pd.DataFrame # columns step, loss, fve_a, fve_b, l0, 
     return fig
 
 # %% ../../nbs/analysis/44_plots.ipynb #cca7efb5
-def _histogram(ax, values, labels, bins): # of the values by label, those that occur
+def _histogram(ax, values, labels, bins):  # of the values by label, those that occur
     parts = {p: values[labels == p] for p in COLORS if (labels == p).any()}
     if parts:
-        ax.hist(list(parts.values()), bins=np.linspace(0, 1, bins + 1), color=[COLORS[p] for p in parts], label=[f"{p}: {len(v):,}" for p, v in parts.items()])
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4, handlelength=1.2, columnspacing=1.5, borderaxespad=0)
+        ax.hist(
+            list(parts.values()),
+            bins=np.linspace(0, 1, bins + 1),
+            color=[COLORS[p] for p in parts],
+            label=[f"{p}: {len(v):,}" for p, v in parts.items()],
+        )
+        ax.legend(
+            loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4, handlelength=1.2, columnspacing=1.5, borderaxespad=0
+        )
     ax.set(ylabel="features", xlim=(-0.02, 1.02), yscale="log", ylim=(0.7, None))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
 
 # %% ../../nbs/analysis/44_plots.ipynb #ed45181d
 @styled
-def plot_relative_norms(table: pd.DataFrame # from `feature_table`
-                       ): # -> matplotlib Figure
+def plot_relative_norms(
+    table: pd.DataFrame,  # from `feature_table`
+):  # -> matplotlib Figure
     "Histogram of the relative decoder norm of the features that fired, by label."
     fig, ax = _figure(2.8)
     alive = table[(table.rate > 0) & table.relative_norm.notna()]
@@ -79,23 +123,26 @@ def plot_relative_norms(table: pd.DataFrame # from `feature_table`
 
 # %% ../../nbs/analysis/44_plots.ipynb #a9b06fce
 @styled
-def plot_share(table: pd.DataFrame # from `feature_table`
-              ): # -> matplotlib Figure
+def plot_share(
+    table: pd.DataFrame,  # from `feature_table`
+):  # -> matplotlib Figure
     "Histogram of what the other model carries of each feature that fired, by label; those that were not measured are left out."
     fig, ax = _figure(2.8)
     known = table[(table.rate > 0) & table.share.notna()]
     _histogram(ax, known.share, known.label, 20)
     ax.axvline(LIMIT**2, color=INK, lw=0.6, ls=":")
     ax.text(LIMIT**2, 1.02, f"limit {LIMIT**2:g}", transform=ax.get_xaxis_transform(), ha="center", va="bottom")
-    for x, text, side in [(0, "nothing", "left"), (1, "all of it", "right")]: ax.text(x, 1.02, text, transform=ax.get_xaxis_transform(), ha=side, va="bottom")
+    for x, text, side in [(0, "nothing", "left"), (1, "all of it", "right")]:
+        ax.text(x, 1.02, text, transform=ax.get_xaxis_transform(), ha=side, va="bottom")
     ax.set(xlabel="share of the feature that the other model carries")
     return fig
 
 # %% ../../nbs/analysis/44_plots.ipynb #6101582b
 @styled
-def plot_firing_rates(table: pd.DataFrame, # from `feature_table`, with at least two sources
-                      sources=None         # names of two of them; the first two if left out
-                     ): # -> matplotlib Figure
+def plot_firing_rates(
+    table: pd.DataFrame,  # from `feature_table`, with at least two sources
+    sources=None,  # names of two of them; the first two if left out
+):  # -> matplotlib Figure
     "Firing rate in one source against that in another, by label; features silent in one of them stand in the margin."
     names = list(sources or list(table.attrs["sources"])[:2])
     fig, ax = _figure(4.6)
@@ -103,10 +150,21 @@ def plot_firing_rates(table: pd.DataFrame, # from `feature_table`, with at least
     least = min(1 / table.attrs["sources"][n] for n in names)
     x, y = (100 * alive[f"rate_{n}"].where(alive[f"rate_{n}"] > 0, least / 3) for n in names)
     ax.axline((100 * least, 100 * least), (100, 100), color=INK, lw=0.6, ls=":")
-    for p, marker in zip(reversed(COLORS), "oDvs"): # the many below, the few on top
+    for p, marker in zip(reversed(COLORS), "oDvs"):  # the many below, the few on top
         here = (alive.label == p).to_numpy()
         size = 6 if len(alive) > 500 and p not in ("A", "B") else 16
-        if here.any(): ax.scatter(x[here], y[here], s=size, color=COLORS[p], marker=marker, alpha=0.8, lw=0, label=f"{p}: {here.sum():,}", rasterized=len(alive) > 500)
+        if here.any():
+            ax.scatter(
+                x[here],
+                y[here],
+                s=size,
+                color=COLORS[p],
+                marker=marker,
+                alpha=0.8,
+                lw=0,
+                label=f"{p}: {here.sum():,}",
+                rasterized=len(alive) > 500,
+            )
     ax.set(xscale="log", yscale="log", xlim=(100 * least / 5, 150), ylim=(100 * least / 5, 150))
     for axis, line, n in zip((ax.xaxis, ax.yaxis), (ax.axvline, ax.axhline), names):
         line(100 * least / 1.7, color=INK, lw=0.6)

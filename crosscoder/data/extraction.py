@@ -21,33 +21,41 @@ from tqdm import tqdm
 
 from ..basics import BadInput, check_same, remove_leftovers
 from .models import ModelPair
-from .store import ActivationStore, check_finite, StoreWriter
-from .texts import as_texts, Text
+from .store import ActivationStore, StoreWriter, check_finite
+from .texts import Text, as_texts
 
 # %% ../../nbs/data/24_extraction.ipynb #062d6f83
 class _Tokens(NamedTuple):
     "A text as the models read it."
-    text: Text
-    ids: list    # token numbers
-    spans: list  # (start, end) of the characters of each token
-    wanted: list # positions that give a row
 
-def _tokenize(tokenizer, texts, max_tokens, least, counts): # [Text] -> [(Text, ids, spans)], counting what falls away
+    text: Text
+    ids: list  # token numbers
+    spans: list  # (start, end) of the characters of each token
+    wanted: list  # positions that give a row
+
+
+def _tokenize(tokenizer, texts, max_tokens, least, counts):  # [Text] -> [(Text, ids, spans)], counting what falls away
     full = [t for t in texts if t.text.strip()]
     counts["empty texts"] += len(texts) - len(full)
-    if not full: return []
+    if not full:
+        return []
     enc = tokenizer([t.text for t in full], return_offsets_mapping=tokenizer.is_fast, verbose=False)
     out = []
     for n, (t, ids) in enumerate(zip(full, enc["input_ids"])):
-        if len(ids) < least: counts["too short texts"] += 1; continue
-        if len(ids) > max_tokens: counts["truncated texts"] += 1; counts["tokens cut off"] += len(ids) - max_tokens
+        if len(ids) < least:
+            counts["too short texts"] += 1
+            continue
+        if len(ids) > max_tokens:
+            counts["truncated texts"] += 1
+            counts["tokens cut off"] += len(ids) - max_tokens
         spans = enc["offset_mapping"][n] if tokenizer.is_fast else [(0, 0)] * len(ids)
         out.append((t, ids[:max_tokens], spans[:max_tokens]))
     return out
 
 # %% ../../nbs/data/24_extraction.ipynb #4f32d38c
-def _wanted(ids, tokens, special, counts): # positions of a text that give a row
-    if tokens == "last": return [len(ids) - 1]
+def _wanted(ids, tokens, special, counts):  # positions of a text that give a row
+    if tokens == "last":
+        return [len(ids) - 1]
     keep = [i for i, token in enumerate(ids) if i and token not in special]
     counts["first positions left out"] += 1
     counts["special tokens left out"] += len(ids) - 1 - len(keep)
@@ -56,69 +64,91 @@ def _wanted(ids, tokens, special, counts): # positions of a text that give a row
 # %% ../../nbs/data/24_extraction.ipynb #a6c578ef
 class _Shard(NamedTuple):
     "The texts of one shard."
-    kept: list      # of `_Tokens`, those that give rows
-    counts: Counter # of what was kept and what fell away
-    seen: int       # texts read for it
-    digest: str     # hash of all of them
 
-def _gather(texts, tokenizer, tokens, max_tokens, shard_rows): # the next shard of an iterator over texts
+    kept: list  # of `_Tokens`, those that give rows
+    counts: Counter  # of what was kept and what fell away
+    seen: int  # texts read for it
+    digest: str  # hash of all of them
+
+
+def _gather(texts, tokenizer, tokens, max_tokens, shard_rows):  # the next shard of an iterator over texts
     counts, kept, rows, seen, h = Counter(), [], 0, 0, hashlib.sha256()
     special = set(tokenizer.all_special_ids)
     while rows < shard_rows and (some := list(islice(texts, 16))):
         seen += len(some)
-        for t in some: h.update(repr(tuple(t)).encode())
+        for t in some:
+            h.update(repr(tuple(t)).encode())
         for t, ids, spans in _tokenize(tokenizer, some, max_tokens, 2 if tokens == "all" else 1, counts):
-            if wanted := _wanted(ids, tokens, special, counts): kept.append(_Tokens(t, ids, spans, wanted)); rows += len(wanted)
-            else: counts["too short texts"] += 1
+            if wanted := _wanted(ids, tokens, special, counts):
+                kept.append(_Tokens(t, ids, spans, wanted))
+                rows += len(wanted)
+            else:
+                counts["too short texts"] += 1
     counts["tokens read"] = sum(len(k.ids) for k in kept)
     return _Shard(kept, counts, seen, h.hexdigest())
 
 # %% ../../nbs/data/24_extraction.ipynb #48f7758d
-def shard_groups(texts, tokenizer, settings): # lists of shards, each with at least `group_tokens` tokens, but for the last
+def shard_groups(
+    texts, tokenizer, settings
+):  # lists of shards, each with at least `group_tokens` tokens, but for the last
     how = [settings[k] for k in ("tokens", "max_tokens", "shard_rows")]
     while True:
         group, n = [], 0
         while n < settings["group_tokens"] and (shard := _gather(texts, tokenizer, *how)).seen:
             group.append(shard)
             n += shard.counts["tokens read"]
-        if group: yield group
-        if n < settings["group_tokens"]: return
+        if group:
+            yield group
+        if n < settings["group_tokens"]:
+            return
 
 # %% ../../nbs/data/24_extraction.ipynb #c29091ed
-def _batches(lengths, batch_tokens): # lists of text numbers, long texts first, at most `batch_tokens` with padding
+def _batches(lengths, batch_tokens):  # lists of text numbers, long texts first, at most `batch_tokens` with padding
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     width, n, fixed = np.array(lengths, dtype=int)[order], len(order), max(1, batch_tokens // 32)
-    best, size = np.zeros(n + 1, dtype=int), np.ones(n, dtype=int) # cheapest way to cut what starts at text i; texts in its first batch
+    best, size = (
+        np.zeros(n + 1, dtype=int),
+        np.ones(n, dtype=int),
+    )  # cheapest way to cut what starts at text i; texts in its first batch
     for i in reversed(range(n)):
         most = min(n - i, max(1, batch_tokens // width[i]))
-        cost = np.arange(1, most + 1) * width[i] + best[i + 1:i + most + 1]
+        cost = np.arange(1, most + 1) * width[i] + best[i + 1 : i + most + 1]
         size[i] = cost.argmin() + 1
         best[i] = cost.min() + fixed
     i = 0
     while i < n:
-        yield order[i:i + size[i]]
+        yield order[i : i + size[i]]
         i += size[i]
 
 # %% ../../nbs/data/24_extraction.ipynb #22be7b52
-def model_batches(kept, batch_tokens, pad, pin=False): # [_Tokens] -> which of them, (texts, width) token numbers, (rows,) wanted places
+def model_batches(
+    kept, batch_tokens, pad, pin=False
+):  # [_Tokens] -> which of them, (texts, width) token numbers, (rows,) wanted places
     for members in _batches([len(k.ids) for k in kept], batch_tokens):
         width = len(kept[members[0]].ids)
         ids = torch.tensor([kept[i].ids + [pad] * (width - len(kept[i].ids)) for i in members])
         wanted = torch.tensor([row * width + p for row, i in enumerate(members) for p in kept[i].wanted])
-        yield (members, ids.pin_memory(), wanted.pin_memory()) if pin else (members, ids, wanted) # pinned: the GPU fetches them by itself
+        yield (
+            (members, ids.pin_memory(), wanted.pin_memory()) if pin else (members, ids, wanted)
+        )  # pinned: the GPU fetches them by itself
 
 # %% ../../nbs/data/24_extraction.ipynb #458559d6
-def _to_host(x, wanted): # (batch, tokens, d_m), (rows,) -> (rows, d_m) bf16 bits, (rows,) norms: on the host, but perhaps not yet arrived
+def _to_host(
+    x, wanted
+):  # (batch, tokens, d_m), (rows,) -> (rows, d_m) bf16 bits, (rows,) norms: on the host, but perhaps not yet arrived
     x = x.flatten(0, 1)[wanted.to(x.device, non_blocking=wanted.is_pinned())]
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
     return [t.to("cpu", non_blocking=x.is_cuda).numpy() for t in (x.bfloat16().view(torch.int16), norms)]
 
-def _events(devices): # what to wait for until everything launched so far is done
+
+def _events(devices):  # what to wait for until everything launched so far is done
     return [torch.cuda.current_stream(d).record_event() for d in set(devices) if d.type == "cuda"]
 
 # %% ../../nbs/data/24_extraction.ipynb #7c13feeb
 @torch.inference_mode()
-def _run(pair, layer, shards, batch_tokens, bar): # one group -> for each kept text its padding and, per model, (bits, norms)
+def _run(
+    pair, layer, shards, batch_tokens, bar
+):  # one group -> for each kept text its padding and, per model, (bits, norms)
     kept = [k for s in shards for k in s.kept]
     parts, pad, pin = [None] * len(kept), pair.tokenizer.pad_token_id or 0, any(d.type == "cuda" for d in pair.device)
     for members, ids, wanted in model_batches(kept, batch_tokens, pad, pin):
@@ -131,29 +161,35 @@ def _run(pair, layer, shards, batch_tokens, bar): # one group -> for each kept t
     return parts, _events(pair.device)
 
 # %% ../../nbs/data/24_extraction.ipynb #6f650326
-def _norm_limits(norms, median, max_norm): # (rows,) of each model -> rows to keep, medians (from the first shard)
+def _norm_limits(norms, median, max_norm):  # (rows,) of each model -> rows to keep, medians (from the first shard)
     median = median or [float(np.median(n)) for n in norms]
     return np.all([n <= max_norm * m for n, m in zip(norms, median)], axis=0), median
 
 # %% ../../nbs/data/24_extraction.ipynb #39677f20
-def _where(kept, first): # columns that say where each row comes from; `first` is the number of the first text
+def _where(kept, first):  # columns that say where each row comes from; `first` is the number of the first text
     spans = np.concatenate([np.zeros((0, 2), int), *(np.array(k.spans)[k.wanted] for k in kept)])
     text = np.repeat(np.arange(first, first + len(kept)), [len(k.wanted) for k in kept])
     columns = {"text": text, "position": [p for k in kept for p in k.wanted], "start": spans[:, 0], "end": spans[:, 1]}
     return {name: np.array(c, dtype=np.int32) for name, c in columns.items()}
 
-def _stack(parts, m, d): # what `_run` gave for some texts -> (rows, d) bits and (rows,) norms of model m
-    return (np.concatenate([np.zeros((0, d), np.int16), *(p[1][m][0] for p in parts)]),
-            np.concatenate([np.zeros(0, np.float32), *(p[1][m][1] for p in parts)]))
+
+def _stack(parts, m, d):  # what `_run` gave for some texts -> (rows, d) bits and (rows,) norms of model m
+    return (
+        np.concatenate([np.zeros((0, d), np.int16), *(p[1][m][0] for p in parts)]),
+        np.concatenate([np.zeros(0, np.float32), *(p[1][m][1] for p in parts)]),
+    )
 
 # %% ../../nbs/data/24_extraction.ipynb #d9b45c5a
-def _refuse_nan(norms, where, shard, first, names): # BadInput that names model, text and position
+def _refuse_nan(norms, where, shard, first, names):  # BadInput that names model, text and position
     def place(i):
         t = where["text"][i] - first
         return f"text {t} of this shard at position {where['position'][i]}: {shard.kept[t].text.text[:80]!r}"
-    for name, n in zip(names, norms): check_finite(torch.from_numpy(n)[:, None], place, name)
 
-def _write_shard(w, pair, settings, shard, parts, left): # one shard of a group, of which `left` more follow
+    for name, n in zip(names, norms):
+        check_finite(torch.from_numpy(n)[:, None], place, name)
+
+
+def _write_shard(w, pair, settings, shard, parts, left):  # one shard of a group, of which `left` more follow
     first, counts = sum(s["texts"] for s in w.manifest["shards"]), Counter(shard.counts)
     where = _where(shard.kept, first)
     bits, norms = zip(*(_stack(parts, m, d) for m, d in enumerate(pair.d_model)))
@@ -161,16 +197,20 @@ def _write_shard(w, pair, settings, shard, parts, left): # one shard of a group,
     if settings["tokens"] == "all" and parts:
         keep, w.manifest["median_norm"] = _norm_limits(norms, w.manifest["median_norm"], settings["max_norm"])
         counts["tokens with a large norm left out"] = int((~keep).sum())
-        if not keep.all(): bits, where = [b[keep] for b in bits], {k: v[keep] for k, v in where.items()}
+        if not keep.all():
+            bits, where = [b[keep] for b in bits], {k: v[keep] for k, v in where.items()}
     counts.update({"padding tokens": sum(p[0] for p in parts), "rows": len(where["text"]), "texts": len(parts)})
     w.manifest["counts"] = _total([*w.manifest["shards"], {"counts": counts}])
     tensors = {str(m): torch.from_numpy(b).view(torch.bfloat16) for m, b in enumerate(bits)}
     tensors.update({k: torch.from_numpy(v) for k, v in where.items()})
-    w.add(tensors, [k.text for k in shard.kept], seen=shard.seen, seen_sha256=shard.digest, left=left, counts=dict(counts))
+    w.add(
+        tensors, [k.text for k in shard.kept], seen=shard.seen, seen_sha256=shard.digest, left=left, counts=dict(counts)
+    )
 
 # %% ../../nbs/data/24_extraction.ipynb #84bb7dcc
-def _write_group(w, pair, settings, shards, parts, events): # what the thread does
-    for e in events: e.synchronize()
+def _write_group(w, pair, settings, shards, parts, events):  # what the thread does
+    for e in events:
+        e.synchronize()
     stop = 0
     for n, s in enumerate(shards, 1):
         start, stop = stop, stop + len(s.kept)
@@ -178,50 +218,77 @@ def _write_group(w, pair, settings, shards, parts, events): # what the thread do
 
 # %% ../../nbs/data/24_extraction.ipynb #5e210d58
 def extraction_settings(pair, layer, tokens, max_tokens, max_norm, shard_rows, batch_tokens):
-    if tokens not in ("last", "all"): raise BadInput(f"tokens is {tokens!r}: expected \"last\" or \"all\"")
+    if tokens not in ("last", "all"):
+        raise BadInput(f'tokens is {tokens!r}: expected "last" or "all"')
     if min(max_tokens, shard_rows, batch_tokens) < 1 or not max_norm > 1:
-        raise BadInput(f"max_tokens {max_tokens}, shard_rows {shard_rows} and batch_tokens {batch_tokens} must be at least 1, "
-                       f"max_norm {max_norm} over 1")
+        raise BadInput(
+            f"max_tokens {max_tokens}, shard_rows {shard_rows} and batch_tokens {batch_tokens} must be at least 1, "
+            f"max_norm {max_norm} over 1"
+        )
     pair.check_layer(layer)
-    return {"from": "models", "pair": pair.describe(), "layer": layer, "tokens": tokens, "max_tokens": max_tokens, "max_norm": max_norm,
-            "shard_rows": shard_rows, "batch_tokens": batch_tokens, "group_tokens": 16 * batch_tokens}
+    return {
+        "from": "models",
+        "pair": pair.describe(),
+        "layer": layer,
+        "tokens": tokens,
+        "max_tokens": max_tokens,
+        "max_norm": max_norm,
+        "shard_rows": shard_rows,
+        "batch_tokens": batch_tokens,
+        "group_tokens": 16 * batch_tokens,
+    }
 
-def _total(shards): # the counts of all shards together
+
+def _total(shards):  # the counts of all shards together
     total = Counter()
-    for s in shards: total.update(s["counts"])
+    for s in shards:
+        total.update(s["counts"])
     return dict(total)
 
 # %% ../../nbs/data/24_extraction.ipynb #26db4a95
-def _start(path, settings, d_in): # the manifest to go on with
+def _start(path, settings, d_in):  # the manifest to go on with
     remove_leftovers(path)
     if not (path / "manifest.json").exists():
-        return {"format": 1, "d_in": list(d_in), "settings": settings, "shards": [], "counts": {}, "median_norm": None, "complete": False}
+        return {
+            "format": 1,
+            "d_in": list(d_in),
+            "settings": settings,
+            "shards": [],
+            "counts": {},
+            "median_norm": None,
+            "complete": False,
+        }
     manifest = ActivationStore(path).manifest
     check_same(manifest["settings"], json.loads(json.dumps(settings)), f"the store {path}")
     whole = max((i + 1 for i, s in enumerate(manifest["shards"]) if not s["left"]), default=0)
-    manifest["shards"] = manifest["shards"][:whole] # a group begun is run again from its start
+    manifest["shards"] = manifest["shards"][:whole]  # a group begun is run again from its start
     return manifest
 
-def _skip(texts, manifest, path): # step over the texts of finished shards, comparing them
+
+def _skip(texts, manifest, path):  # step over the texts of finished shards, comparing them
     for s in manifest["shards"]:
         h = hashlib.sha256()
-        for t in islice(texts, s["seen"]): h.update(repr(tuple(t)).encode())
+        for t in islice(texts, s["seen"]):
+            h.update(repr(tuple(t)).encode())
         if h.hexdigest() != s["seen_sha256"]:
-            raise BadInput(f"the store {path} was made from other texts (they differ within shard {s['name']}). "
-                           "Give the same texts to go on with it, or another folder")
+            raise BadInput(
+                f"the store {path} was made from other texts (they differ within shard {s['name']}). "
+                "Give the same texts to go on with it, or another folder"
+            )
 
 # %% ../../nbs/data/24_extraction.ipynb #e8239e9f
-def extract(pair: ModelPair,          # the two models and their tokenizer
-            texts,                    # any iterable of str or `Text`; the same sequence again if it has to go on
-            path,                     # folder of the store
-            layer: int = 13,          # output of this block, that is `hidden_states[layer + 1]`
-            tokens: str = "last",     # "last" token of each text, or "all"
-            max_tokens: int = 512,    # tokens of a text beyond this are cut off
-            max_norm: float = 10.,    # with "all": leave out tokens whose norm is over this multiple of the median
-            shard_rows: int = 8192,   # rows in a file, about
-            batch_tokens: int | None = None, # tokens in a forward pass, with padding; 2048 on a CPU, 16384 on a GPU
-            progress: bool = True     # show a progress bar, and at the end what it took
-           ) -> ActivationStore:
+def extract(
+    pair: ModelPair,  # the two models and their tokenizer
+    texts,  # any iterable of str or `Text`; the same sequence again if it has to go on
+    path,  # folder of the store
+    layer: int = 13,  # output of this block, that is `hidden_states[layer + 1]`
+    tokens: str = "last",  # "last" token of each text, or "all"
+    max_tokens: int = 512,  # tokens of a text beyond this are cut off
+    max_norm: float = 10.0,  # with "all": leave out tokens whose norm is over this multiple of the median
+    shard_rows: int = 8192,  # rows in a file, about
+    batch_tokens: int | None = None,  # tokens in a forward pass, with padding; 2048 on a CPU, 16384 on a GPU
+    progress: bool = True,  # show a progress bar, and at the end what it took
+) -> ActivationStore:
     "Activations of both models at one layer, written to disk. Goes on where an earlier call was interrupted; raises `BadInput`."
     batch_tokens = batch_tokens or (2048 if "cpu" in map(str, pair.device) else 16384)
     settings = extraction_settings(pair, layer, tokens, max_tokens, max_norm, shard_rows, batch_tokens)
@@ -230,18 +297,21 @@ def extract(pair: ModelPair,          # the two models and their tokenizer
     _skip(it, w.manifest, path)
     if w.manifest["complete"]:
         if next(it, None) is not None:
-            raise BadInput(f"the store {path} is finished, and more texts are given now than it was made from. Use another folder")
+            raise BadInput(
+                f"the store {path} is finished, and more texts are given now than it was made from. Use another folder"
+            )
         return ActivationStore(path)
     _run_all(w, pair, it, settings, progress)
     total = w.manifest["counts"]
-    if not total.get("rows"): raise BadInput(f"no text gave an activation: {total or 'there was no text at all'}")
+    if not total.get("rows"):
+        raise BadInput(f"no text gave an activation: {total or 'there was no text at all'}")
     w.manifest["complete"] = True
     w.save_manifest()
     return ActivationStore(path)
 
 # %% ../../nbs/data/24_extraction.ipynb #f815b2e7
-def _run_all(w, pair, texts, settings, progress): # every group that is left: run here, written in a thread
-    before, start, waited, writing = Counter(_total(w.manifest["shards"])), perf_counter(), 0., None
+def _run_all(w, pair, texts, settings, progress):  # every group that is left: run here, written in a thread
+    before, start, waited, writing = Counter(_total(w.manifest["shards"])), perf_counter(), 0.0, None
     w.manifest["counts"] = dict(before)
     bar = tqdm(initial=before["tokens read"], unit=" tokens", unit_scale=True, desc="activations", disable=not progress)
     with bar, ThreadPoolExecutor(1) as thread:
@@ -250,18 +320,25 @@ def _run_all(w, pair, texts, settings, progress): # every group that is left: ru
             waited += _wait(writing, bar, w)
             writing = (events, thread.submit(_write_group, w, pair, settings, shards, parts, events))
         waited += _wait(writing, bar, w)
-    if progress: print(_summary(Counter(w.manifest["counts"]) - before, perf_counter() - start, waited))
+    if progress:
+        print(_summary(Counter(w.manifest["counts"]) - before, perf_counter() - start, waited))
 
-def _wait(writing, bar, w): # for the thread, which may raise; seconds waited for it after the device was done
-    if not writing: return 0.
+
+def _wait(writing, bar, w):  # for the thread, which may raise; seconds waited for it after the device was done
+    if not writing:
+        return 0.0
     events, future = writing
-    for e in events: e.synchronize()
+    for e in events:
+        e.synchronize()
     start = perf_counter()
     future.result()
     bar.set_postfix(rows=w.manifest["counts"]["rows"])
     return perf_counter() - start
 
-def _summary(n, seconds, waited): # counts of this call -> one line
+
+def _summary(n, seconds, waited):  # counts of this call -> one line
     padding = n["padding tokens"] / max(1, n["tokens read"] + n["padding tokens"])
-    return (f"{n['rows']:,} rows from {n['tokens read']:,} tokens: {n['tokens read'] / seconds:,.0f} tokens/s through both models, "
-            f"{padding:.1%} padding, {waited:.1f} s waited for the disk")
+    return (
+        f"{n['rows']:,} rows from {n['tokens read']:,} tokens: {n['tokens read'] / seconds:,.0f} tokens/s through both models, "
+        f"{padding:.1%} padding, {waited:.1f} s waited for the disk"
+    )

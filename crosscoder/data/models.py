@@ -32,9 +32,13 @@ def find_blocks(
 ) -> nn.ModuleList:
     "The blocks of `model`, in order; raises `BadInput` where there is no list of the configured length."
     n = _text_config(model).num_hidden_layers
-    lists = [(name.count("."), name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    lists = [
+        (name.count("."), name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n
+    ]
     if not lists:
-        raise BadInput(f"{type(model).__name__}: found no list of {n} blocks, the number of layers in its configuration. This architecture is not supported.")
+        raise BadInput(
+            f"{type(model).__name__}: found no list of {n} blocks, the number of layers in its configuration. This architecture is not supported."
+        )
     return min(lists, key=lambda found: found[0])[2]
 
 # %% ../../nbs/data/21_models.ipynb #4b60af84
@@ -70,8 +74,12 @@ def last_token(
     "The index of each row's last real token, under either padding side; raises `BadInput` for a row without any."
     if not attention_mask.bool().any(1).all():
         empty = (~attention_mask.bool().any(1)).nonzero()[:, 0].tolist()
-        raise BadInput(f"Rows {empty} of the attention mask have no real token, so there is no last one. Leave empty texts out.")
-    return (attention_mask.bool() * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)).argmax(1)
+        raise BadInput(
+            f"Rows {empty} of the attention mask have no real token, so there is no last one. Leave empty texts out."
+        )
+    return (attention_mask.bool() * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)).argmax(
+        1
+    )
 
 # %% ../../nbs/data/21_models.ipynb #135a5fa2
 def _positions(
@@ -119,32 +127,50 @@ def _load_model(
     try:
         with _quiet() if is_folder else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(source), dtype=dtype or default_dtype(device), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                str(source),
+                dtype=dtype or default_dtype(device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except Exception as e:  # noqa: BLE001 - transformers raises a dozen kinds here; each means that there is no such model for us
-        tried = "it is a folder here" if is_folder else "there is no such folder here, so it was looked up on the Hugging Face hub"
+        tried = (
+            "it is a folder here"
+            if is_folder
+            else "there is no such folder here, so it was looked up on the Hugging Face hub"
+        )
         raise BadInput(f"Could not load the model {str(source)!r}: {tried}. {_short(e)}") from None
     if info["missing_keys"]:
         first = min(info["missing_keys"])
-        raise BadInput(f"The model {str(source)!r} is incomplete: its files lack {len(info['missing_keys'])} of its tensors, first {first!r}.")
+        raise BadInput(
+            f"The model {str(source)!r} is incomplete: its files lack {len(info['missing_keys'])} of its tensors, first {first!r}."
+        )
     return model.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/data/21_models.ipynb #04e09a83
-_PROBE = "The 2 quick (brown) foxes' ¿naïve? plan:\n\tjump_over = {\"dogs\": 1234}"
+_PROBE = 'The 2 quick (brown) foxes\' ¿naïve? plan:\n\tjump_over = {"dogs": 1234}'
 
 
 def _compare_tokenizers(a, b, names):
     "Raise `BadInput` unless the tokenizers `a` and `b` give the same tokens the same numbers."
     ours, theirs = a.get_vocab(), b.get_vocab()
-    differ = [t for t in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, len(ours)), theirs.get(t, 0))) if ours.get(t) != theirs.get(t)]
+    differ = [
+        t
+        for t in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, len(ours)), theirs.get(t, 0)))
+        if ours.get(t) != theirs.get(t)
+    ]
     if differ:
-        shown = "; ".join(f"{t!r} is {ours.get(t, 'not there')} in A and {theirs.get(t, 'not there')} in B" for t in differ[:3])
+        shown = "; ".join(
+            f"{t!r} is {ours.get(t, 'not there')} in A and {theirs.get(t, 'not there')} in B" for t in differ[:3]
+        )
         raise BadInput(
             f"The tokenizers of {names[0]!r} (A) and {names[1]!r} (B) differ in {len(differ)} tokens: {shown}. "
             "Both models must read the same tokens. If the ones that matter agree, pass tokenizer= to use one tokenizer for both."
         )
     if a(_PROBE)["input_ids"] != b(_PROBE)["input_ids"]:
-        raise BadInput(f"The tokenizers of {names[0]!r} and {names[1]!r} have the same tokens but cut text differently. Pass tokenizer= to use one for both.")
+        raise BadInput(
+            f"The tokenizers of {names[0]!r} and {names[1]!r} have the same tokens but cut text differently. Pass tokenizer= to use one for both."
+        )
 
 # %% ../../nbs/data/21_models.ipynb #0f054187
 def _load_tokenizer(source):
@@ -161,7 +187,9 @@ def _load_tokenizer(source):
     except Exception as e:  # noqa: BLE001 - as in `_load_model`
         if is_module:
             return None
-        raise BadInput(f"Found no tokenizer for {name!r}. {_short(e)} Pass tokenizer= to use another one for both models.") from None
+        raise BadInput(
+            f"Found no tokenizer for {name!r}. {_short(e)} Pass tokenizer= to use another one for both models."
+        ) from None
 
 # %% ../../nbs/data/21_models.ipynb #7f77f2b3
 def _common_tokenizer(
@@ -174,7 +202,9 @@ def _common_tokenizer(
         return _load_tokenizer(given) if isinstance(given, (str, Path)) else given
     known = [(t, n) for t, n in zip(map(_load_tokenizer, sources), names) if t is not None]
     if not known:
-        raise BadInput("Both models were given as modules that do not say which tokenizer they were trained with. Pass tokenizer=.")
+        raise BadInput(
+            "Both models were given as modules that do not say which tokenizer they were trained with. Pass tokenizer=."
+        )
     if len(known) == 2:
         _compare_tokenizers(known[0][0], known[1][0], names)
     return known[0][0]
@@ -184,7 +214,9 @@ def _check_embedding(tokenizer, model, name):
     "Raise `BadInput` if `tokenizer` has token numbers that `model` has no embedding for."
     largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if largest >= rows:
-        raise BadInput(f"The tokenizer has token numbers up to {largest}, but the embedding of {name!r} has {rows} rows (0 to {rows - 1}). Pass the tokenizer of this model.")
+        raise BadInput(
+            f"The tokenizer has token numbers up to {largest}, but the embedding of {name!r} has {rows} rows (0 to {rows - 1}). Pass the tokenizer of this model."
+        )
 
 # %% ../../nbs/data/21_models.ipynb #2b6d1eb4
 class ModelPair:
@@ -196,7 +228,8 @@ class ModelPair:
         model_b,  # the same; its base
         tokenizer=None,  # a name or a tokenizer for both; None: the models' own, which must agree
         device=None,  # one for both, or a pair; None: GPU if there is one, else CPU; loaded modules stay where they are
-        dtype: torch.dtype | None = None,  # None: bfloat16 where the machine calculates in it, else float32; loaded modules keep theirs
+        dtype: torch.dtype
+        | None = None,  # None: bfloat16 where the machine calculates in it, else float32; loaded modules keep theirs
     ):
         sources, devices = (model_a, model_b), device if isinstance(device, (tuple, list)) else (device, device)
         self.names = tuple(_name(s) for s in sources)
@@ -208,10 +241,18 @@ class ModelPair:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # only ever filling: the mask hides it
 
-    d_model = property(lambda self: tuple(_text_config(m).hidden_size for m in self.models), doc="Width of each model's residual stream.")
+    d_model = property(
+        lambda self: tuple(_text_config(m).hidden_size for m in self.models),
+        doc="Width of each model's residual stream.",
+    )
     n_layers = property(lambda self: tuple(len(b) for b in self.blocks), doc="Number of each model's blocks.")
-    device = property(lambda self: tuple(m.get_input_embeddings().weight.device for m in self.models), doc="Where each model is.")
-    dtype = property(lambda self: tuple(m.get_input_embeddings().weight.dtype for m in self.models), doc="Number format of each model.")
+    device = property(
+        lambda self: tuple(m.get_input_embeddings().weight.device for m in self.models), doc="Where each model is."
+    )
+    dtype = property(
+        lambda self: tuple(m.get_input_embeddings().weight.dtype for m in self.models),
+        doc="Number format of each model.",
+    )
 
 # %% ../../nbs/data/21_models.ipynb #76b226ad
 def _name(source) -> str:
@@ -226,7 +267,9 @@ def _lines(pair: ModelPair) -> list:
     kinds = [type(m).__name__ for m in pair.models]
     return [
         (letter, name, kind, f"{n} blocks", f"d = {d}", f"{str(t).removeprefix('torch.')} on {dev}")
-        for letter, name, kind, n, d, t, dev in zip("AB", pair.names, kinds, pair.n_layers, pair.d_model, pair.dtype, pair.device)
+        for letter, name, kind, n, d, t, dev in zip(
+            "AB", pair.names, kinds, pair.n_layers, pair.d_model, pair.dtype, pair.device
+        )
     ]
 
 
@@ -257,7 +300,8 @@ def check_layer(
 def activations(
     self: ModelPair,
     input_ids: Tensor,  # (batch, tokens)
-    attention_mask: Tensor | None,  # (batch, tokens), 1 where a token is real, filling on either side; None: no filling, or on the right
+    attention_mask: Tensor
+    | None,  # (batch, tokens), 1 where a token is real, filling on either side; None: no filling, or on the right
     layer: int,  # index of a block, from 0: transformers' `hidden_states[layer + 1]`
 ) -> tuple:  # a tensor (batch, tokens, d_m) per model, on its device and in its number format
     "The output of block `layer` in each model, running no later block and no LM head; raises `BadInput`."
@@ -271,7 +315,9 @@ def activations(
         inputs = {"input_ids": input_ids.to(device, non_blocking=input_ids.is_pinned())}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(device)
-            if "position_ids" in inspect.signature(model.forward).parameters:  # models without such places (ALiBi) read the mask
+            if (
+                "position_ids" in inspect.signature(model.forward).parameters
+            ):  # models without such places (ALiBi) read the mask
                 inputs["position_ids"] = _positions(inputs["attention_mask"])
         with torch.inference_mode():
             out.append(_block_output(model, blocks[layer], **inputs))

@@ -19,27 +19,29 @@ from ..basics import BadInput
 from ..model.sparse import Codes, Layout, sum_by_sample
 
 # %% ../../nbs/data/26_planted.ipynb #a4cf35ea
-def _generator(*key): # random numbers that belong to these (at most four) non-negative integers
+def _generator(*key):  # random numbers that belong to these (at most four) non-negative integers
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 # %% ../../nbs/data/26_planted.ipynb #2d4204e0
-def _paper_frequencies(n, g): # (n,) probability of each concept
+def _paper_frequencies(n, g):  # (n,) probability of each concept
     low_rank = torch.randn(n, 10, generator=g) * (0.5 / 10**0.5)
     u = low_rank @ torch.randn(10, generator=g) + torch.randn(n, generator=g)
     p = u.sigmoid() * torch.exp(-0.001 * torch.randperm(n, generator=g))
     return (p * (n / 100) / p.sum()).clamp(min=1e-4)
 
 # %% ../../nbs/data/26_planted.ipynb #e17bcf70
-def _hits(p, n, g, block=None): # (rows, concepts) of the cells of an (n, len(p)) table of independent coins that come up, row by row
+def _hits(
+    p, n, g, block=None
+):  # (rows, concepts) of the cells of an (n, len(p)) table of independent coins that come up, row by row
     top, cells = p.max(), n * len(p)
     expected = cells * top.item()
     block, found, last = block or int(expected + 4 * expected**0.5 + 1), [], -1
-    while last < cells - 1: # nearly always once; whatever is missing is walked as well
+    while last < cells - 1:  # nearly always once; whatever is missing is walked as well
         gaps = torch.log(1 - torch.rand(block, generator=g)).div_(torch.log1p(-top)).floor_().long() + 1
         found.append(last + gaps.cumsum(0))
         last = found[-1][-1].item()
     cell = torch.cat(found)
-    cell = cell[:torch.searchsorted(cell, cells)]
+    cell = cell[: torch.searchsorted(cell, cells)]
     concept = cell % len(p)
     keep = (torch.rand(len(cell), generator=g) < (p / top)[concept]).nonzero().squeeze(1)
     return cell[keep] // len(p), concept[keep]
@@ -47,23 +49,25 @@ def _hits(p, n, g, block=None): # (rows, concepts) of the cells of an (n, len(p)
 # %% ../../nbs/data/26_planted.ipynb #b830553e
 class Independent:
     "Concepts that come independently of one another; at least one does."
-    def __init__(self, q: Tensor): # (n_concepts,) probability of each
+
+    def __init__(self, q: Tensor):  # (n_concepts,) probability of each
         self.q, self.p = q, q * (1 + (1 - q).log().sum().exp() / q.sum())
 
-    def draw(self, n: int, g) -> tuple[Tensor, Tensor]: # rows (ascending) and concepts of what is there
+    def draw(self, n: int, g) -> tuple[Tensor, Tensor]:  # rows (ascending) and concepts of what is there
         "The concepts of `n` samples."
         rows, concepts = _hits(self.q, n, g)
         empty = (torch.bincount(rows, minlength=n) == 0).nonzero().squeeze(1)
-        if not len(empty): return rows, concepts
+        if not len(empty):
+            return rows, concepts
         extra = torch.multinomial(self.q, len(empty), replacement=True, generator=g)
         rows, order = torch.cat([rows, empty]).sort(stable=True)
         return rows, torch.cat([concepts, extra])[order]
 
 # %% ../../nbs/data/26_planted.ipynb #fba8b6f2
-def _zipf_frequencies(n, g): # (n,) probability of each concept, in random order
+def _zipf_frequencies(n, g):  # (n,) probability of each concept, in random order
     inverse = 1 / torch.arange(1, n + 1, dtype=torch.float64)
-    capped = torch.arange(n)                                                         # how many stand at 0.4
-    c = (n / 100 - 0.4 * capped) / inverse.flip(0).cumsum(0).flip(0)                 # what is left, over what it is shared among
+    capped = torch.arange(n)  # how many stand at 0.4
+    c = (n / 100 - 0.4 * capped) / inverse.flip(0).cumsum(0).flip(0)  # what is left, over what it is shared among
     first = (c * inverse <= 0.4).nonzero()[0]
     p = torch.where(capped < first, 0.4, c[first] * inverse)
     return p[torch.randperm(n, generator=g)].float()
@@ -71,23 +75,32 @@ def _zipf_frequencies(n, g): # (n,) probability of each concept, in random order
 # %% ../../nbs/data/26_planted.ipynb #d1c2c666
 class Hierarchy:
     "Concepts of which some are there only with their parents, and whose roots come in correlated groups. A sample may be empty."
-    def __init__(self,
-                 p: Tensor,      # (n_concepts,) probability of each
-                 leaves: Tensor, # (n_concepts,) bool, concepts that may not have children
-                 g):             # random numbers
+
+    def __init__(
+        self,
+        p: Tensor,  # (n_concepts,) probability of each
+        leaves: Tensor,  # (n_concepts,) bool, concepts that may not have children
+        g,
+    ):  # random numbers
         n = len(p)
-        self.p, self.parent, depth = p, torch.full((n,), -1), torch.zeros(n, dtype=torch.long) # parent -1: a root
-        for i in torch.randperm(n, generator=g)[:n // 2]:
+        self.p, self.parent, depth = p, torch.full((n,), -1), torch.zeros(n, dtype=torch.long)  # parent -1: a root
+        for i in torch.randperm(n, generator=g)[: n // 2]:
             able = ((p >= 2 * p[i]) & (p <= 10 * p[i]) & ~leaves).nonzero().squeeze(1)
-            if len(able): self.parent[i] = able[torch.randint(len(able), (), generator=g)]
-        for i in p.argsort(descending=True): depth[i] = depth[self.parent[i]] + 1 if self.parent[i] >= 0 else 0 # parents are more frequent
-        self.levels = [(depth == k).nonzero().squeeze(1) for k in range(int(depth.max()) + 1)] # roots, children, grandchildren, ...
-        self._above = [torch.searchsorted(up, self.parent[low]) for up, low in zip(self.levels, self.levels[1:])] # a parent's place among its level
+            if len(able):
+                self.parent[i] = able[torch.randint(len(able), (), generator=g)]
+        for i in p.argsort(descending=True):
+            depth[i] = depth[self.parent[i]] + 1 if self.parent[i] >= 0 else 0  # parents are more frequent
+        self.levels = [
+            (depth == k).nonzero().squeeze(1) for k in range(int(depth.max()) + 1)
+        ]  # roots, children, grandchildren, ...
+        self._above = [
+            torch.searchsorted(up, self.parent[low]) for up, low in zip(self.levels, self.levels[1:])
+        ]  # a parent's place among its level
         self.given_parent = torch.where(self.parent < 0, p, p / p[self.parent])
         self.loadings = F.normalize(torch.randn(len(self.levels[0]), 10, generator=g)) * 0.5**0.5
         self.threshold = -torch.special.ndtri(p[self.levels[0]].double()).float()
 
-    def draw(self, n: int, g) -> tuple[Tensor, Tensor]: # rows (ascending) and concepts of what is there
+    def draw(self, n: int, g) -> tuple[Tensor, Tensor]:  # rows (ascending) and concepts of what is there
         "The concepts of `n` samples."
         common = torch.randn(n, 10, generator=g) @ self.loadings.T
         on = [torch.randn(common.shape, generator=g).mul_(0.5**0.5).add_(common) > self.threshold]
@@ -97,150 +110,210 @@ class Hierarchy:
         return rows, torch.cat(self.levels)[places]
 
 # %% ../../nbs/data/26_planted.ipynb #9de1f2dd
-def _second_model(a, d, geometry, g): # (n_concepts, d) what model B makes of A's directions
+def _second_model(a, d, geometry, g):  # (n_concepts, d) what model B makes of A's directions
     n, d_a = a.shape
-    if geometry == "affine": b = a @ (0.5 * torch.randn(d, d_a, generator=g)).T + 0.1 * torch.randn(d, generator=g)
-    elif geometry == "independent": b = torch.randn(n, d, generator=g)
-    elif geometry != "near": raise BadInput(f"geometry is {geometry!r}, expected 'affine', 'near' or 'independent'")
-    elif d != d_a: raise BadInput(f"geometry 'near' is a fine-tune of the same weights, but the widths are {d_a} and {d}: use one width, or 'affine'")
-    else: b = a + 0.1 * torch.randn(n, d, generator=g)
+    if geometry == "affine":
+        b = a @ (0.5 * torch.randn(d, d_a, generator=g)).T + 0.1 * torch.randn(d, generator=g)
+    elif geometry == "independent":
+        b = torch.randn(n, d, generator=g)
+    elif geometry != "near":
+        raise BadInput(f"geometry is {geometry!r}, expected 'affine', 'near' or 'independent'")
+    elif d != d_a:
+        raise BadInput(
+            f"geometry 'near' is a fine-tune of the same weights, but the widths are {d_a} and {d}: use one width, or 'affine'"
+        )
+    else:
+        b = a + 0.1 * torch.randn(n, d, generator=g)
     return b * (a.norm(dim=1).median() / b.norm(dim=1).median())
 
 # %% ../../nbs/data/26_planted.ipynb #50d334ec
 class PlantedPair:
     "Two synthetic models with known concepts, ordered A's, B's, shared (the rotated ones last)."
-    def __init__(self,
-                 n_concepts: int = 512,         # all concepts together
-                 d: int | tuple = 64,           # width of both models, or (width of A, width of B)
-                 exclusive: tuple = (12, 12),   # concepts of A alone and of B alone
-                 geometry: str = "affine",      # B's directions: "affine", "near" or "independent"
-                 rotated: int = 0,              # shared concepts with an unrelated direction in B
-                 rarity: float = 1.0,           # factor on the probability of the exclusive concepts, over 0, at most 1
-                 frequencies: str = "paper",    # "paper" (independent) or "hierarchical" (Zipf, parents, correlated)
-                 noise: float = 0.01,           # standard deviation of what no concept explains
-                 seed: int = 0):                # of directions and frequencies
+
+    def __init__(
+        self,
+        n_concepts: int = 512,  # all concepts together
+        d: int | tuple = 64,  # width of both models, or (width of A, width of B)
+        exclusive: tuple = (12, 12),  # concepts of A alone and of B alone
+        geometry: str = "affine",  # B's directions: "affine", "near" or "independent"
+        rotated: int = 0,  # shared concepts with an unrelated direction in B
+        rarity: float = 1.0,  # factor on the probability of the exclusive concepts, over 0, at most 1
+        frequencies: str = "paper",  # "paper" (independent) or "hierarchical" (Zipf, parents, correlated)
+        noise: float = 0.01,  # standard deviation of what no concept explains
+        seed: int = 0,
+    ):  # of directions and frequencies
         n_a, n_b = self.exclusive = tuple(exclusive)
         n = self.n_concepts = n_concepts
-        if n_a + n_b + rotated > n: raise BadInput(f"exclusive {self.exclusive} and {rotated} rotated are more than the {n} concepts there are")
-        if not 0 < rarity <= 1: raise BadInput(f"rarity is {rarity}, expected a factor over 0 and at most 1")
+        if n_a + n_b + rotated > n:
+            raise BadInput(f"exclusive {self.exclusive} and {rotated} rotated are more than the {n} concepts there are")
+        if not 0 < rarity <= 1:
+            raise BadInput(f"rarity is {rarity}, expected a factor over 0 and at most 1")
         self.d, self.noise, self.rotated, self.seed = d, noise, rotated, seed
         self.d_in = (d, d) if isinstance(d, int) else tuple(d)
         a = torch.randn(n, self.d_in[0], generator=_generator(seed, 0, 0))
         b = _second_model(a, self.d_in[1], geometry, _generator(seed, 0, 1))
-        b[n - rotated:] = _second_model(a, self.d_in[1], "independent", _generator(seed, 0, 2))[n - rotated:]
-        self.directions = a, b # (n_concepts, d_m) each
-        self.has = torch.ones(2, n, dtype=torch.bool) # which model has which concept
-        self.has[1, :n_a], self.has[0, n_a:n_a + n_b] = False, False
+        b[n - rotated :] = _second_model(a, self.d_in[1], "independent", _generator(seed, 0, 2))[n - rotated :]
+        self.directions = a, b  # (n_concepts, d_m) each
+        self.has = torch.ones(2, n, dtype=torch.bool)  # which model has which concept
+        self.has[1, :n_a], self.has[0, n_a : n_a + n_b] = False, False
         self.occurrence = _occurrence(frequencies, n, n_a + n_b, rarity, _generator(seed, 0, 3))
-        self._rows = torch.cat([x * has[:, None] for x, has in zip(self.directions, self.has)], 1) # what a concept writes, both models side by side
+        self._rows = torch.cat(
+            [x * has[:, None] for x, has in zip(self.directions, self.has)], 1
+        )  # what a concept writes, both models side by side
 
     @property
-    def p(self): # (n_concepts,)
+    def p(self):  # (n_concepts,)
         "The probability of each concept."
         return self.occurrence.p
 
 # %% ../../nbs/data/26_planted.ipynb #1c285e37
-def _occurrence(frequencies, n, n_exclusive, rarity, g): # what says which concepts are there
-    if frequencies not in ("paper", "hierarchical"): raise BadInput(f"frequencies is {frequencies!r}, expected 'paper' or 'hierarchical'")
+def _occurrence(frequencies, n, n_exclusive, rarity, g):  # what says which concepts are there
+    if frequencies not in ("paper", "hierarchical"):
+        raise BadInput(f"frequencies is {frequencies!r}, expected 'paper' or 'hierarchical'")
     p = (_paper_frequencies if frequencies == "paper" else _zipf_frequencies)(n, g)
     p[:n_exclusive] *= rarity
     return Independent(p) if frequencies == "paper" else Hierarchy(p, torch.arange(n) < n_exclusive, g)
 
 # %% ../../nbs/data/26_planted.ipynb #fa95068a
 @patch
-def _draw(self: PlantedPair, n, seed, i): # draw number i of a seed: activations, strengths as sparse codes
+def _draw(self: PlantedPair, n, seed, i):  # draw number i of a seed: activations, strengths as sparse codes
     g = _generator(self.seed, 1, seed, i)
     rows, concepts = self.occurrence.draw(n, g)
     codes = Codes(torch.rand(len(rows), generator=g), Layout.of_rows(rows, concepts, n, self.n_concepts))
-    x = torch.randn(n, sum(self.d_in), generator=g).mul_(self.noise).add_(sum_by_sample(codes.layout, codes.values, self._rows))
+    x = (
+        torch.randn(n, sum(self.d_in), generator=g)
+        .mul_(self.noise)
+        .add_(sum_by_sample(codes.layout, codes.values, self._rows))
+    )
     same = self.d_in[0] == self.d_in[1]
     return x.view(n, 2, -1) if same else x.split(self.d_in, 1), codes
 
+
 @patch
-def sample(self: PlantedPair,
-           n: int,        # rows
-           seed: int = 0  # of this draw, apart from the pair's own
-          ) -> tuple: # activations (n, 2, d), or a tuple of (n, d_m) if the widths differ; strengths of the concepts (n, n_concepts)
+def sample(
+    self: PlantedPair,
+    n: int,  # rows
+    seed: int = 0,  # of this draw, apart from the pair's own
+) -> (
+    tuple
+):  # activations (n, 2, d), or a tuple of (n, d_m) if the widths differ; strengths of the concepts (n, n_concepts)
     "Activations of both models on the same `n` inputs, and the truth behind them."
     x, codes = self._draw(n, seed, 0)
     return x, codes.dense()
 
 # %% ../../nbs/data/26_planted.ipynb #633c93f8
 @patch
-def stream(self: PlantedPair,
-           batch_size: int, # rows of a batch
-           seed: int = 0    # of the stream; no batch repeats `sample` of any seed
-          ): # -> activations (batch_size, 2, d) without end, or tuples of (batch_size, d_m) if the widths differ
+def stream(
+    self: PlantedPair,
+    batch_size: int,  # rows of a batch
+    seed: int = 0,  # of the stream; no batch repeats `sample` of any seed
+):  # -> activations (batch_size, 2, d) without end, or tuples of (batch_size, d_m) if the widths differ
     "Batch after batch of new samples, activations only."
-    for i in count(1): yield self._draw(batch_size, seed, i)[0]
+    for i in count(1):
+        yield self._draw(batch_size, seed, i)[0]
 
 # %% ../../nbs/data/26_planted.ipynb #f61dadd5
-def _match(pair, directions, called, alive, cosine): # which alive feature lies along what: the facts behind all scores
-    found = [directions.directions(m) for m in range(2)] if callable(getattr(directions, "directions", None)) else directions
+def _match(pair, directions, called, alive, cosine):  # which alive feature lies along what: the facts behind all scores
+    found = (
+        [directions.directions(m) for m in range(2)]
+        if callable(getattr(directions, "directions", None))
+        else directions
+    )
     found, called = [torch.as_tensor(d).detach().float().cpu() for d in found], np.asarray(called)
     alive = torch.ones(len(called), dtype=torch.bool) if alive is None else torch.as_tensor(alive).cpu()
     if not len(found[0]) == len(found[1]) == len(called) == len(alive):
-        raise BadInput(f"directions of {len(found[0])} and {len(found[1])} features, {len(called)} calls and {len(alive)} alive: expected as many of each")
-    cos = torch.stack([F.normalize(truth) @ F.normalize(d[alive]).T for truth, d in zip(pair.directions, found)]) # (2, n_concepts, alive)
-    least = cos.masked_fill(~pair.has[..., None], 2).amin(0)                      # (n_concepts, alive): the worse of the models that have the concept
-    called = torch.stack([torch.as_tensor(called == name) for name in "AB"])[:, alive]   # (2, alive)
+        raise BadInput(
+            f"directions of {len(found[0])} and {len(found[1])} features, {len(called)} calls and {len(alive)} alive: expected as many of each"
+        )
+    cos = torch.stack(
+        [F.normalize(truth) @ F.normalize(d[alive]).T for truth, d in zip(pair.directions, found)]
+    )  # (2, n_concepts, alive)
+    least = cos.masked_fill(~pair.has[..., None], 2).amin(
+        0
+    )  # (n_concepts, alive): the worse of the models that have the concept
+    called = torch.stack([torch.as_tensor(called == name) for name in "AB"])[:, alive]  # (2, alive)
     n_a, n_b = pair.exclusive
     own = slice(0, n_a), slice(n_a, n_a + n_b)
     return least, (cos > cosine) & pair.has[..., None], called, own
 
 # %% ../../nbs/data/26_planted.ipynb #a404fb68
-def found(pair: PlantedPair,
-          directions,       # two tensors (n_features, d_m), or something with `.directions(m)`, as a `CrossCoder`
-          called,           # (n_features,) strings: "A", "B" or anything else
-          alive=None,       # (n_features,) bool, features that fired; all if left out
-          cosine: float = 0.8 # over this a feature lies along a concept
-         ) -> Tensor: # (exclusive concepts,) bool, A's then B's
+def found(
+    pair: PlantedPair,
+    directions,  # two tensors (n_features, d_m), or something with `.directions(m)`, as a `CrossCoder`
+    called,  # (n_features,) strings: "A", "B" or anything else
+    alive=None,  # (n_features,) bool, features that fired; all if left out
+    cosine: float = 0.8,  # over this a feature lies along a concept
+) -> Tensor:  # (exclusive concepts,) bool, A's then B's
     "Which exclusive concepts have a feature along them that is called by the right name."
     least, _, called, own = _match(pair, directions, called, alive, cosine)
     return torch.cat([((least[own[m]] > cosine) & called[m]).any(1) for m in range(2)])
 
 # %% ../../nbs/data/26_planted.ipynb #0b846a49
-def by_relative_norm(directions,   # two tensors (n_features, d_m), or something with `.directions(m)`
-                     low: float = 0.2,  # below, a feature is B's
-                     high: float = 0.8  # above, a feature is A's
-                    ) -> np.ndarray: # (n_features,) "A", "B" or "shared"
+def by_relative_norm(
+    directions,  # two tensors (n_features, d_m), or something with `.directions(m)`
+    low: float = 0.2,  # below, a feature is B's
+    high: float = 0.8,  # above, a feature is A's
+) -> np.ndarray:  # (n_features,) "A", "B" or "shared"
     "The published class of each feature: by the norms of its decoder directions alone."
-    if callable(getattr(directions, "directions", None)): directions = [directions.directions(m) for m in range(2)]
+    if callable(getattr(directions, "directions", None)):
+        directions = [directions.directions(m) for m in range(2)]
     a, b = (d.detach().float().norm(dim=1).cpu() for d in directions)
     r = a / (a + b)
     return np.select([r > high, r < low], ["A", "B"], "shared")
 
 # %% ../../nbs/data/26_planted.ipynb #0a00d47b
-def _f1(recall, precision): # nan without anything to find, 0 where nothing right was called
-    return math.nan if math.isnan(recall) else 2 * recall * precision / (recall + precision) if recall > 0 else 0.
+def _f1(recall, precision):  # nan without anything to find, 0 where nothing right was called
+    return math.nan if math.isnan(recall) else 2 * recall * precision / (recall + precision) if recall > 0 else 0.0
 
-def _share(part, whole): return float(part) / float(whole) if whole else math.nan
 
-def _prf(hit, right, called, end=""): # the three scores from bools: concepts hit, features called right, features called
+def _share(part, whole):
+    return float(part) / float(whole) if whole else math.nan
+
+
+def _prf(
+    hit, right, called, end=""
+):  # the three scores from bools: concepts hit, features called right, features called
     r, p = _share(hit.sum(), len(hit)), _share(right.sum(), called.sum())
     return {"recall" + end: r, "precision" + end: p, "f1" + end: _f1(r, p)}
 
 # %% ../../nbs/data/26_planted.ipynb #979d4ea3
 @torch.no_grad()
-def planted_scores(pair: PlantedPair,
-                   directions,       # two tensors (n_features, d_m), or something with `.directions(m)`, as a `CrossCoder`
-                   called,           # (n_features,) strings: "A", "B" or anything else
-                   alive=None,       # (n_features,) bool, features that fired; all if left out
-                   cosine: float = 0.8 # over this a feature lies along a concept
-                  ) -> dict: # shares (nan where there is nothing to divide by), and counts of features
+def planted_scores(
+    pair: PlantedPair,
+    directions,  # two tensors (n_features, d_m), or something with `.directions(m)`, as a `CrossCoder`
+    called,  # (n_features,) strings: "A", "B" or anything else
+    alive=None,  # (n_features,) bool, features that fired; all if left out
+    cosine: float = 0.8,  # over this a feature lies along a concept
+) -> dict:  # shares (nan where there is nothing to divide by), and counts of features
     "How much of the planted truth a method found and named rightly."
     least, along, called, own = _match(pair, directions, called, alive, cosine)
     shared = slice(own[1].stop, pair.n_concepts)
-    hit = [((least[o] > cosine) & c).any(1) for o, c in zip(own, called)]                             # concepts found, by model
-    right, is_shared, is_other = (torch.stack(x) for x in zip(*[
-        (c & along[m, own[m]].any(0), c & along[m, shared].any(0), c & along[1 - m, own[1 - m]].any(0)) for m, c in enumerate(called)]))
+    hit = [((least[o] > cosine) & c).any(1) for o, c in zip(own, called)]  # concepts found, by model
+    right, is_shared, is_other = (
+        torch.stack(x)
+        for x in zip(
+            *[
+                (c & along[m, own[m]].any(0), c & along[m, shared].any(0), c & along[1 - m, own[1 - m]].any(0))
+                for m, c in enumerate(called)
+            ]
+        )
+    )
     is_shared, is_other = is_shared & ~right, is_other & ~right & ~is_shared
-    best = F.pad(least, (0, 1)).amax(1) # 0 where no feature is alive
+    best = F.pad(least, (0, 1)).amax(1)  # 0 where no feature is alive
     recovered, rotated = best > cosine, slice(pair.n_concepts - pair.rotated, pair.n_concepts)
     fooled = (along[:, rotated] & called[:, None]).any(2).any(0)
-    return {**_prf(torch.cat(hit), right, called), **_prf(hit[0], right[0], called[0], "_a"), **_prf(hit[1], right[1], called[1], "_b"),
-            "called": int(called.sum()), "false_shared": int(is_shared.sum()), "false_other_model": int(is_other.sum()),
-            "false_nothing": int((called & ~right & ~is_shared & ~is_other).sum()),
-            "recovered": recovered.float().mean().item(), "recovered_exclusive": _share(recovered[:shared.start].sum(), shared.start),
-            "recovered_shared": _share(recovered[shared].sum(), pair.n_concepts - shared.start), "mmcs": best.mean().item(),
-            "rotated_called": _share(fooled.sum(), pair.rotated), "alive": least.shape[1]}
+    return {
+        **_prf(torch.cat(hit), right, called),
+        **_prf(hit[0], right[0], called[0], "_a"),
+        **_prf(hit[1], right[1], called[1], "_b"),
+        "called": int(called.sum()),
+        "false_shared": int(is_shared.sum()),
+        "false_other_model": int(is_other.sum()),
+        "false_nothing": int((called & ~right & ~is_shared & ~is_other).sum()),
+        "recovered": recovered.float().mean().item(),
+        "recovered_exclusive": _share(recovered[: shared.start].sum(), shared.start),
+        "recovered_shared": _share(recovered[shared].sum(), pair.n_concepts - shared.start),
+        "mmcs": best.mean().item(),
+        "rotated_called": _share(fooled.sum(), pair.rotated),
+        "alive": least.shape[1],
+    }

@@ -25,185 +25,276 @@ from ..basics import BadInput, write_atomic
 from .texts import Text
 
 # %% ../../nbs/data/23_store.ipynb #fc02fd5c
-WHERE = ("text", "position", "start", "end") # int32, a number a row each
+WHERE = ("text", "position", "start", "end")  # int32, a number a row each
 
-def _sha256(data): return hashlib.sha256(data).hexdigest()
 
-def _columns_sha256(columns): return _sha256(b"".join(np.asarray(columns[k]).tobytes() for k in WHERE)) # {name: (rows,) int32}
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
-def _shard_tensors(activations, where): # (rows, d_m) of each model; {name: (rows,)} -> the tensors of a shard by name
+
+def _columns_sha256(columns):
+    return _sha256(b"".join(np.asarray(columns[k]).tobytes() for k in WHERE))  # {name: (rows,) int32}
+
+
+def _shard_tensors(activations, where):  # (rows, d_m) of each model; {name: (rows,)} -> the tensors of a shard by name
     named = {**{str(m): a for m, a in enumerate(activations)}, **{k: where[k].int() for k in WHERE}}
-    return {k: t.clone(memory_format=torch.contiguous_format) for k, t in named.items()} # safetensors refuses tensors that share memory
+    return {
+        k: t.clone(memory_format=torch.contiguous_format) for k, t in named.items()
+    }  # safetensors refuses tensors that share memory
+
 
 class StoreWriter:
     "Writes shards and the manifest into a folder."
-    def __init__(self, path, manifest): self.path, self.manifest = Path(path), manifest
 
-    def save_manifest(self): write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1))
+    def __init__(self, path, manifest):
+        self.path, self.manifest = Path(path), manifest
 
-    def add(self, tensors, texts, **more): # as from `_shard_tensors`; list of Text; more for the manifest's entry
+    def save_manifest(self):
+        write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1))
+
+    def add(self, tensors, texts, **more):  # as from `_shard_tensors`; list of Text; more for the manifest's entry
         name, data = f"{len(self.manifest['shards']):05d}", to_safetensors(tensors)
         lines = "".join(json.dumps({"text": t.text, "source": t.source}) + "\n" for t in texts).encode()
         write_atomic(self.path / f"{name}.jsonl", lines)
         write_atomic(self.path / f"{name}.safetensors", data)
-        self.manifest["shards"].append({"name": name, "rows": len(tensors["text"]), "texts": len(texts), "bytes": len(data),
-                                        "sha256": _sha256(data), "columns_sha256": _columns_sha256(tensors), "texts_sha256": _sha256(lines), **more})
+        self.manifest["shards"].append(
+            {
+                "name": name,
+                "rows": len(tensors["text"]),
+                "texts": len(texts),
+                "bytes": len(data),
+                "sha256": _sha256(data),
+                "columns_sha256": _columns_sha256(tensors),
+                "texts_sha256": _sha256(lines),
+                **more,
+            }
+        )
         self.save_manifest()
 
 # %% ../../nbs/data/23_store.ipynb #d5b72b75
 class Rows:
     "What a store and a part of one have in common."
-    def read(self,
-             start: int, # first row
-             stop: int   # one past the last
-            ) -> tuple[Tensor, ...]: # (stop - start, d_m) of each model, float32, in the order written
+
+    def read(
+        self,
+        start: int,  # first row
+        stop: int,  # one past the last
+    ) -> tuple[Tensor, ...]:  # (stop - start, d_m) of each model, float32, in the order written
         "Rows `start` to `stop` of every model."
         return self.take(torch.arange(start, min(stop, len(self))))
 
-    def take(self,
-             index: Tensor # (n,) row numbers in any order
-            ) -> tuple[Tensor, ...]: # (n, d_m) of each model, float32
+    def take(
+        self,
+        index: Tensor,  # (n,) row numbers in any order
+    ) -> tuple[Tensor, ...]:  # (n, d_m) of each model, float32
         "Any rows of every model."
         return tuple(x.float() for x in self.take_raw(index))
 
+
 class ActivationStore(Rows):
     "Activations of several models on the same tokens, in a folder."
-    def __init__(self, path): # the folder
+
+    def __init__(self, path):  # the folder
         self.path = Path(path)
-        try: self.manifest = json.loads((self.path / "manifest.json").read_text())
-        except OSError: raise BadInput(f"{self.path} is not an activation store: it has no manifest.json. `extract` makes one") from None
-        except ValueError as e: raise BadInput(f"{self.path / 'manifest.json'} is damaged: {e}") from None
+        try:
+            self.manifest = json.loads((self.path / "manifest.json").read_text())
+        except OSError:
+            raise BadInput(
+                f"{self.path} is not an activation store: it has no manifest.json. `extract` makes one"
+            ) from None
+        except ValueError as e:
+            raise BadInput(f"{self.path / 'manifest.json'} is damaged: {e}") from None
         self.d_in = tuple(self.manifest["d_in"])
         self._starts = torch.tensor([0, *(s["rows"] for s in self.manifest["shards"])]).cumsum(0)
         self._open = {}
-        for s in self.manifest["shards"]: self._look(s)
+        for s in self.manifest["shards"]:
+            self._look(s)
 
-    def _file(self, s): return self.path / f"{s['name']}.safetensors"
+    def _file(self, s):
+        return self.path / f"{s['name']}.safetensors"
 
-    def _look(self, s): # is the shard there, and as long as it was?
+    def _look(self, s):  # is the shard there, and as long as it was?
         f = self._file(s)
         found = f.stat().st_size if f.exists() else None
-        if found == s["bytes"]: return
+        if found == s["bytes"]:
+            return
         state = "is missing" if found is None else f"has {found} bytes, expected {s['bytes']}"
-        raise BadInput(f"shard {f} {state}. Extract again into this folder after deleting its manifest.json, or restore the file")
+        raise BadInput(
+            f"shard {f} {state}. Extract again into this folder after deleting its manifest.json, or restore the file"
+        )
 
-    def __len__(self): return int(self._starts[-1])
+    def __len__(self):
+        return int(self._starts[-1])
 
     @cached_property
-    def dtypes(self): # of each model's activations on disk
+    def dtypes(self):  # of each model's activations on disk
         "The precision that each model's activations are stored in."
-        return tuple(DTYPES[self.shard(0)[str(m)][0]] if self.manifest["shards"] else torch.float32 for m in range(len(self.d_in)))
+        return tuple(
+            DTYPES[self.shard(0)[str(m)][0]] if self.manifest["shards"] else torch.float32
+            for m in range(len(self.d_in))
+        )
 
 # %% ../../nbs/data/23_store.ipynb #5e8a30b7
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32}
 
-def _header(file): # of a safetensors file -> {name: (type, first byte)}
+
+def _header(file):  # of a safetensors file -> {name: (type, first byte)}
     with open(file, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(n))
     return {k: (t["dtype"], 8 + n + t["data_offsets"][0]) for k, t in header.items() if k != "__metadata__"}
 
+
 def _check_sum(file, found, expected):
     if found != expected:
-        raise BadInput(f"shard {file} was altered: its checksum is {found[:12]}…, expected {expected[:12]}…. Restore the file, or extract again")
+        raise BadInput(
+            f"shard {file} was altered: its checksum is {found[:12]}…, expected {expected[:12]}…. Restore the file, or extract again"
+        )
+
 
 @patch
-def shard(self: ActivationStore,
-          i: int # which
-         ) -> dict: # {name: (type, first byte)}
+def shard(
+    self: ActivationStore,
+    i: int,  # which
+) -> dict:  # {name: (type, first byte)}
     "What a shard's file holds, and where; its checksum is compared the first time."
     if i not in self._open:
         s = self.manifest["shards"][i]
-        with open(self._file(s), "rb") as f: _check_sum(f.name, hashlib.file_digest(f, "sha256").hexdigest(), s["sha256"])
+        with open(self._file(s), "rb") as f:
+            _check_sum(f.name, hashlib.file_digest(f, "sha256").hexdigest(), s["sha256"])
         self._open[i] = _header(self._file(s))
     return self._open[i]
 
 # %% ../../nbs/data/23_store.ipynb #5c6bd931
-def _runs(rows, starts): # (n,) row numbers, first row of each shard -> per run: shard, first row in it, from, to (places in `rows`)
+def _runs(
+    rows, starts
+):  # (n,) row numbers, first row of each shard -> per run: shard, first row in it, from, to (places in `rows`)
     shard = np.searchsorted(starts, rows, side="right") - 1
     first = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(shard, prepend=-1) != 0))
     runs = zip(shard[first], rows[first] - starts[shard[first]], first, np.append(first[1:], len(rows)))
-    return sorted(tuple(map(int, r)) for r in runs) # in the order of the files
+    return sorted(tuple(map(int, r)) for r in runs)  # in the order of the files
 
-def _read_into(file, offset, out): # fill `out`, an array of bytes
+
+def _read_into(file, offset, out):  # fill `out`, an array of bytes
     file.seek(offset)
     left = memoryview(out).cast("B")
     while len(left):
         n = file.readinto(left)
-        if not n: raise BadInput(f"shard {file.name} ends in the middle of a row: it was shortened while it was read")
+        if not n:
+            raise BadInput(f"shard {file.name} ends in the middle of a row: it was shortened while it was read")
         left = left[n:]
 
 # %% ../../nbs/data/23_store.ipynb #550b1aab
 @patch
-def take_raw(self: ActivationStore,
-             index: Tensor, # (n,) row numbers in any order
-             out=None       # tensors to read into, if not into new ones
-            ) -> tuple[Tensor, ...]: # (n, d_m) of each model, in the precision they are stored in
+def take_raw(
+    self: ActivationStore,
+    index: Tensor,  # (n,) row numbers in any order
+    out=None,  # tensors to read into, if not into new ones
+) -> tuple[Tensor, ...]:  # (n, d_m) of each model, in the precision they are stored in
     "Any rows of every model, as they are on disk."
     rows, starts = index.numpy(), self._starts.numpy()
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f"rows {rows.min()} to {rows.max()} of a store with {len(self)} rows")
-    if out is None: out = tuple(torch.empty(len(rows), d, dtype=t) for d, t in zip(self.d_in, self.dtypes))
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of a store with {len(self)} rows")
+    if out is None:
+        out = tuple(torch.empty(len(rows), d, dtype=t) for d, t in zip(self.d_in, self.dtypes))
     places = [o.view(torch.uint8).numpy() for o in out]
     for i, some in groupby(_runs(rows, starts), key=lambda run: run[0]):
         tensors, runs = self.shard(i), list(some)
         with open(self._file(self.manifest["shards"][i]), "rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"): os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM) # or twice as much is read ahead in vain
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # or twice as much is read ahead in vain
             for m, place in enumerate(places):
                 kind, start = tensors[str(m)]
-                if DTYPES[kind] != out[m].dtype: raise BadInput(f"shard {file.name} holds {kind} for model {m}, expected {out[m].dtype} as in the first shard")
-                for _, row, a, b in runs: _read_into(file, start + row * place.shape[1], place[a:b])
+                if DTYPES[kind] != out[m].dtype:
+                    raise BadInput(
+                        f"shard {file.name} holds {kind} for model {m}, expected {out[m].dtype} as in the first shard"
+                    )
+                for _, row, a, b in runs:
+                    _read_into(file, start + row * place.shape[1], place[a:b])
     return out
 
 # %% ../../nbs/data/23_store.ipynb #b0fb8b7e
 @patch
-def _columns(self: ActivationStore, s): # a shard's entry in the manifest -> {name: (rows,) int32}, read without the activations
+def _columns(
+    self: ActivationStore, s
+):  # a shard's entry in the manifest -> {name: (rows,) int32}, read without the activations
     f = self._file(s)
-    try: found = {k: np.fromfile(f, np.int32, s["rows"], offset=start) for k, (_, start) in _header(f).items() if k in WHERE}
-    except (ValueError, KeyError): found = dict.fromkeys(WHERE, ()) # the header was harmed, and the comparison will say so
+    try:
+        found = {
+            k: np.fromfile(f, np.int32, s["rows"], offset=start) for k, (_, start) in _header(f).items() if k in WHERE
+        }
+    except (ValueError, KeyError):
+        found = dict.fromkeys(WHERE, ())  # the header was harmed, and the comparison will say so
     _check_sum(f, _columns_sha256(found), s["columns_sha256"])
     return found
 
+
 @patch(as_prop=True)
-def rows(self: ActivationStore) -> pd.DataFrame: # columns text, position, start, end, source
+def rows(self: ActivationStore) -> pd.DataFrame:  # columns text, position, start, end, source
     "Where each row comes from: number of its text, position in it, its characters, and the text's source."
     if "rows" not in self._open:
         shards = [self._columns(s) for s in self.manifest["shards"]]
         frame = pd.DataFrame({k: np.concatenate([s[k] for s in shards]) if shards else [] for k in WHERE})
-        self._open["rows"] = frame.assign(source=pd.Categorical(self.texts.source.to_numpy()[frame.text.to_numpy(dtype=int)]))
+        self._open["rows"] = frame.assign(
+            source=pd.Categorical(self.texts.source.to_numpy()[frame.text.to_numpy(dtype=int)])
+        )
     return self._open["rows"]
 
+
 @patch(as_prop=True)
-def texts(self: ActivationStore) -> pd.DataFrame: # columns text, source; the index is the text's number
+def texts(self: ActivationStore) -> pd.DataFrame:  # columns text, source; the index is the text's number
     "The texts that rows refer to."
     if "texts" not in self._open:
         lines = []
         for s in self.manifest["shards"]:
             f = self.path / f"{s['name']}.jsonl"
             data = f.read_bytes() if f.exists() else b""
-            if _sha256(data) != s["texts_sha256"]: raise BadInput(f"{f} with the texts of a shard is missing or was altered. Restore the file, or extract again")
+            if _sha256(data) != s["texts_sha256"]:
+                raise BadInput(
+                    f"{f} with the texts of a shard is missing or was altered. Restore the file, or extract again"
+                )
             lines += [json.loads(line) for line in data.splitlines()]
         self._open["texts"] = pd.DataFrame(lines, columns=["text", "source"])
     return self._open["texts"]
 
 # %% ../../nbs/data/23_store.ipynb #1f3254ad
-def check_finite(x, where, model): # BadInput that names the first bad row
+def check_finite(x, where, model):  # BadInput that names the first bad row
     bad = ~x.isfinite().all(1)
-    if bad.any(): raise BadInput(f"model {model} gave NaN or Inf in {where(int(bad.nonzero()[0]))}. Nothing of this shard was written")
+    if bad.any():
+        raise BadInput(
+            f"model {model} gave NaN or Inf in {where(int(bad.nonzero()[0]))}. Nothing of this shard was written"
+        )
+
 
 @patch(cls_method=True)
-def from_tensors(cls: ActivationStore,
-                 path,                  # folder to make; must not hold a store yet
-                 tensors,               # raw activations of each model: (n, d_a), (n, d_b), …
-                 sources=None,          # source of each row, by default all the same
-                 shard_rows: int = 16384# rows in a file
-                ) -> ActivationStore:
+def from_tensors(
+    cls: ActivationStore,
+    path,  # folder to make; must not hold a store yet
+    tensors,  # raw activations of each model: (n, d_a), (n, d_b), …
+    sources=None,  # source of each row, by default all the same
+    shard_rows: int = 16384,  # rows in a file
+) -> ActivationStore:
     "Write raw activations as a store; NaN, Inf, unequal lengths or a store already there raise `BadInput`."
     path, n = Path(path), len(tensors[0])
-    if (path / "manifest.json").exists(): raise BadInput(f"{path} already holds a store: choose another folder, or delete it")
+    if (path / "manifest.json").exists():
+        raise BadInput(f"{path} already holds a store: choose another folder, or delete it")
     if any(len(t) != n or t.dim() != 2 for t in tensors):
-        raise BadInput(f"tensors have the shapes {[tuple(t.shape) for t in tensors]}: expected (n, d) for each model with the same n")
-    for m, t in enumerate(tensors): check_finite(t, lambda i: f"row {i}", "ABCDEFGH"[m])
-    w = StoreWriter(path, {"format": 1, "d_in": [t.shape[1] for t in tensors], "settings": {"from": "tensors"}, "shards": [], "counts": {}, "complete": False})
+        raise BadInput(
+            f"tensors have the shapes {[tuple(t.shape) for t in tensors]}: expected (n, d) for each model with the same n"
+        )
+    for m, t in enumerate(tensors):
+        check_finite(t, lambda i: f"row {i}", "ABCDEFGH"[m])
+    w = StoreWriter(
+        path,
+        {
+            "format": 1,
+            "d_in": [t.shape[1] for t in tensors],
+            "settings": {"from": "tensors"},
+            "shards": [],
+            "counts": {},
+            "complete": False,
+        },
+    )
     for a in range(0, n, shard_rows):
         b = min(a + shard_rows, n)
         zero = torch.zeros(b - a)
@@ -217,33 +308,53 @@ def from_tensors(cls: ActivationStore,
 # %% ../../nbs/data/23_store.ipynb #beb23dc9
 class StorePart(Rows):
     "Some rows of a store; reads like one."
-    def __init__(self, store, index): self.store, self.index, self.d_in = store, index, store.d_in
-    def __len__(self): return len(self.index)
-    def take_raw(self, index, out=None): return self.store.take_raw(torch.from_numpy(self.index.numpy()[index.numpy()]), out)
+
+    def __init__(self, store, index):
+        self.store, self.index, self.d_in = store, index, store.d_in
+
+    def __len__(self):
+        return len(self.index)
+
+    def take_raw(self, index, out=None):
+        return self.store.take_raw(torch.from_numpy(self.index.numpy()[index.numpy()]), out)
+
     @property
-    def dtypes(self): return self.store.dtypes
+    def dtypes(self):
+        return self.store.dtypes
+
     @cached_property
-    def rows(self): return self.store.rows.iloc[self.index.numpy()].reset_index(drop=True)
+    def rows(self):
+        return self.store.rows.iloc[self.index.numpy()].reset_index(drop=True)
+
     @property
-    def texts(self): return self.store.texts
+    def texts(self):
+        return self.store.texts
+
     @property
-    def manifest(self): return self.store.manifest
-    def __repr__(self): return f"{len(self)} of the {len(self.store)} rows of {self.store!r}"
+    def manifest(self):
+        return self.store.manifest
+
+    def __repr__(self):
+        return f"{len(self)} of the {len(self.store)} rows of {self.store!r}"
+
 
 @patch
-def split(self: Rows,
-          test: float = 0.1, # share of the distinct texts in the second part
-          seed: int = 0      # another seed, another split
-         ) -> tuple[StorePart, StorePart]: # training part, test part
+def split(
+    self: Rows,
+    test: float = 0.1,  # share of the distinct texts in the second part
+    seed: int = 0,  # another seed, another split
+) -> tuple[StorePart, StorePart]:  # training part, test part
     "Two parts that share no text."
-    if not 0 < test < 1: raise BadInput(f"test is {test}: expected a share between 0 and 1")
+    if not 0 < test < 1:
+        raise BadInput(f"test is {test}: expected a share between 0 and 1")
     number = self.rows.text.to_numpy()
     used = pd.Series(pd.unique(number))
     content = self.texts.text.to_numpy()[used]
     key = pd.Series([_sha256(f"{seed} {c or n}".encode()) for c, n in zip(content, used)])
     distinct = sorted(key.unique())
-    if len(distinct) < 2: raise BadInput(f"a split by text needs at least 2 distinct texts, found {len(distinct)}")
-    chosen = set(distinct[:min(max(1, round(test * len(distinct))), len(distinct) - 1)])
+    if len(distinct) < 2:
+        raise BadInput(f"a split by text needs at least 2 distinct texts, found {len(distinct)}")
+    chosen = set(distinct[: min(max(1, round(test * len(distinct))), len(distinct) - 1)])
     in_test = pd.Series(number).isin(used[key.isin(chosen)])
     store, index = (self.store, self.index) if isinstance(self, StorePart) else (self, torch.arange(len(self)))
     return tuple(StorePart(store, index[torch.tensor(side.to_numpy())]) for side in (~in_test, in_test))
@@ -256,8 +367,12 @@ def __repr__(self: ActivationStore):
     what = f"layer {s['layer']} of {' and '.join(s['pair']['names'])}" if s["from"] == "models" else "tensors"
     return f"ActivationStore({self.path.name}: {len(self)} rows × {' + '.join(map(str, self.d_in))} channels, {what}{state})"
 
+
 @patch
 def _repr_html_(self: ActivationStore):
     "The same, with everything that was counted."
-    cells = "".join(f"<tr><td>{escape(str(k))}</td><td style='text-align:right'>{v:,}</td></tr>" for k, v in self.manifest["counts"].items())
+    cells = "".join(
+        f"<tr><td>{escape(str(k))}</td><td style='text-align:right'>{v:,}</td></tr>"
+        for k, v in self.manifest["counts"].items()
+    )
     return f"<p>{escape(repr(self))}</p><table>{cells}</table>"

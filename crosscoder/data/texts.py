@@ -45,7 +45,9 @@ def as_texts(
 ) -> Iterator[Text]:
     "Each text as a `Text`; raises `BadInput` at the first thing that is neither."
     if isinstance(texts, str):
-        raise BadInput(f"A single string was given where texts are expected ({texts[:40]!r}). Put it in a list: [text].")
+        raise BadInput(
+            f"A single string was given where texts are expected ({texts[:40]!r}). Put it in a list: [text]."
+        )
     for i, text in enumerate(texts):
         yield text if isinstance(text, Text) else Text(_string(text, f"Text {i} of {source!r}"), source)
 
@@ -76,7 +78,12 @@ def render_chat(
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError, TypeError, LookupError) as e:  # a template is a program in Jinja and fails in all these ways
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        LookupError,
+    ) as e:  # a template is a program in Jinja and fails in all these ways
         raise BadInput(f"{where}: the tokenizer's chat template refuses it: {e}") from None
 
 # %% ../../nbs/data/20_texts.ipynb #b817b558
@@ -93,9 +100,13 @@ def _columns(
     for names in ((column,),) if column else _KNOWN:
         if all(name in found for name in names):
             return names
-    expected = f"{column!r}" if column else "'text', 'messages', 'conversations', or 'instruction' with 'input' and 'output'"
-    raise BadInput(f"{where}: columns found: {', '.join(map(str, found)) or 'none'}; expected {expected}. "
-                   "Name the right one with `column`.")
+    expected = (
+        f"{column!r}" if column else "'text', 'messages', 'conversations', or 'instruction' with 'input' and 'output'"
+    )
+    raise BadInput(
+        f"{where}: columns found: {', '.join(map(str, found)) or 'none'}; expected {expected}. "
+        "Name the right one with `column`."
+    )
 
 # %% ../../nbs/data/20_texts.ipynb #08a162ea
 def _row_text(
@@ -107,7 +118,9 @@ def _row_text(
     "The text of one row; empty where the value is missing; raises `BadInput`."
     names = _columns(row, column, where)
     if len(names) == 3:
-        return render_chat([{"role": r, "content": row[c]} for r, c in zip(("system", "user", "assistant"), names)], tokenizer, where)
+        return render_chat(
+            [{"role": r, "content": row[c]} for r, c in zip(("system", "user", "assistant"), names)], tokenizer, where
+        )
     value = row[names[0]]
     if isinstance(value, list):
         return render_chat(value, tokenizer, f"{where}, column {names[0]!r}")
@@ -142,7 +155,9 @@ def json_rows(path: Path, column: str | None) -> Iterator[tuple]:
         rows = ((where, _parsed(line, where)) for where, line in places)
     for where, row in rows:
         if not isinstance(row, dict):
-            raise BadInput(f"{where}: holds {type(row).__name__}, expected an object with columns, like {{\"text\": ...}}.")
+            raise BadInput(
+                f'{where}: holds {type(row).__name__}, expected an object with columns, like {{"text": ...}}.'
+            )
         yield where, row
 
 # %% ../../nbs/data/20_texts.ipynb #0f880e9d
@@ -184,7 +199,9 @@ class TextSource:
         if n is not None and n < 1:
             raise BadInput(f"{name}: {n} texts asked for; it takes at least 1.")
         if isinstance(texts, Iterator):
-            raise BadInput(f"{name}: an iterator can be read only once. Give a list, or a function that makes a new one.")
+            raise BadInput(
+                f"{name}: an iterator can be read only once. Give a list, or a function that makes a new one."
+            )
         self.name, self.texts, self.n, self.repeats, self.origin = name, texts, n, repeats, origin or name
         self.last, self.example = None, ""  # counts of the last whole reading; its first text
 
@@ -245,7 +262,9 @@ def file_texts(
     if kind == ".txt":
         return TextSource(path.stem, lambda: _paragraphs(path), n, origin=str(path))
     if kind not in ROW_READERS:
-        raise BadInput(f"{path}: cannot read {kind or 'files without an ending'}; expected {', '.join(ROW_READERS)} or .txt.")
+        raise BadInput(
+            f"{path}: cannot read {kind or 'files without an ending'}; expected {', '.join(ROW_READERS)} or .txt."
+        )
     texts = lambda: (_row_text(row, column, tokenizer, where) for where, row in ROW_READERS[kind](path, column))
     return TextSource(path.stem, texts, n, origin=str(path))
 
@@ -264,7 +283,9 @@ def _hub_rows(
         for i, row in enumerate(rows, 1):
             yield f"{repo}, split {split}, row {i}", row
     except (OSError, ValueError, RuntimeError, KeyError) as e:
-        raise BadInput(f"{repo}, configuration {config or 'default'}, split {split}: could not be read through `datasets`: {e}") from None
+        raise BadInput(
+            f"{repo}, configuration {config or 'default'}, split {split}: could not be read through `datasets`: {e}"
+        ) from None
 
 # %% ../../nbs/data/20_texts.ipynb #d1ed7fa4
 def hub_texts(
@@ -278,7 +299,9 @@ def hub_texts(
     streaming: bool = True,  # rows as they are read; else fetched whole once, which is faster to start over
 ) -> TextSource:
     "Texts of a data set on the hub; raises `BadInput` while reading."
-    texts = lambda: (_row_text(row, column, tokenizer, where) for where, row in _hub_rows(repo, config, split, streaming))
+    texts = lambda: (
+        _row_text(row, column, tokenizer, where) for where, row in _hub_rows(repo, config, split, streaming)
+    )
     return TextSource(name or repo.rstrip("/").split("/")[-1], texts, n, origin=repo)
 
 
@@ -287,7 +310,9 @@ def fineweb(n: int | None = None) -> TextSource:  # how many web pages
     return hub_texts("HuggingFaceFW/fineweb", "sample-10BT", n=n, column="text", name="fineweb")
 
 
-def toolrl(n: int | None = None, tokenizer=None) -> TextSource:  # how many conversations; whose chat template renders them
+def toolrl(
+    n: int | None = None, tokenizer=None
+) -> TextSource:  # how many conversations; whose chat template renders them
     "Tool-use conversations: `emrecanacikgoz/ToolRL`, about 4,000 rows, fetched whole and cycled."
     return hub_texts("emrecanacikgoz/ToolRL", n=n, tokenizer=tokenizer, name="toolrl", streaming=False)
 
@@ -305,7 +330,9 @@ class TextMix:
         if not names:
             raise BadInput("A mix needs at least one source.")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise BadInput(f"Two sources are both called {twice[0]!r}. Reports go by name, so rename one (a file: its stem).")
+            raise BadInput(
+                f"Two sources are both called {twice[0]!r}. Reports go by name, so rename one (a file: its stem)."
+            )
 
 # %% ../../nbs/data/20_texts.ipynb #d946b362
 @patch
@@ -330,14 +357,19 @@ def counts(self: TextMix):  # pandas DataFrame, a row a source: asked, given, di
     "What was asked of each source and what it gave. Reads a source once if that has not been done."
     import pandas as pd
 
-    return pd.DataFrame([s.counts for s in self.sources], index=pd.Index([s.name for s in self.sources], name="source")).astype("Int64")
+    return pd.DataFrame(
+        [s.counts for s in self.sources], index=pd.Index([s.name for s in self.sources], name="source")
+    ).astype("Int64")
 
 
 @patch
 def __repr__(self: TextMix) -> str:
     "A line a source; nothing is read for it."
     line = "{}: {given} texts, {distinct} distinct, {repeated} repeats, {empty} empty ones left out"
-    return "\n".join(line.format(s.name, **s.last) if s.last else f"{s.name}: {s.n or 'all'} texts, not read yet" for s in self.sources)
+    return "\n".join(
+        line.format(s.name, **s.last) if s.last else f"{s.name}: {s.n or 'all'} texts, not read yet"
+        for s in self.sources
+    )
 
 
 @patch
@@ -345,7 +377,9 @@ def _repr_html_(self: TextMix) -> str:
     "The counts and the beginning of each source's first text, escaped; nothing is read for it."
     import pandas as pd
 
-    rows = [{"source": s.name, **(s.last or {}), "asked": s.n or "all", "example": s.example[:80]} for s in self.sources]
+    rows = [
+        {"source": s.name, **(s.last or {}), "asked": s.n or "all", "example": s.example[:80]} for s in self.sources
+    ]
     columns = ["source", "asked", "given", "distinct", "repeated", "empty", "example"]
     with pd.option_context("display.max_colwidth", None):
         return pd.DataFrame(rows, columns=columns, dtype=object).to_html(index=False, escape=True, na_rep="")
@@ -371,8 +405,10 @@ def mix(
     sources = list(sources)
     numbers = _shares(n, weights or [1] * len(sources)) if isinstance(n, int) else n or [s.n for s in sources]
     if weights and (not isinstance(n, int) or len(weights) != len(sources) or min(weights) <= 0):
-        raise BadInput(f"mix: weights {weights} for {len(sources)} sources and n={n}. "
-                       "Give one positive weight per source and one number `n` to share.")
+        raise BadInput(
+            f"mix: weights {weights} for {len(sources)} sources and n={n}. "
+            "Give one positive weight per source and one number `n` to share."
+        )
     if len(numbers) != len(sources):
         raise BadInput(f"mix: {len(numbers)} numbers of texts for {len(sources)} sources. Give one per source.")
     return TextMix([TextSource(s.name, s.texts, k, repeats, s.origin) for s, k in zip(sources, numbers)], seed)

@@ -11,124 +11,160 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from string import ascii_uppercase
 
-import crosscoder.model.dfc as dfc
-import crosscoder.model.formats as formats
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+import crosscoder.model.dfc as dfc
+import crosscoder.model.formats as formats
 from ..basics import BadInput, load_strictly
-from .formats import read_native, Weights
+from .formats import Weights, read_native
 from .sparse import ACTIVATIONS, Codes, decode, encode, padded, select_above
 
 # %% ../../nbs/model/15_crosscoder.ipynb #225726c6
 @dataclass(frozen=True)
 class Partition:
     "Which features belong to one model alone, in the order [A | B | … | shared]."
-    d_in: tuple       # width of each model's residual stream
-    dict_size: int    # number of features
-    sizes: tuple      # number of exclusive features of each model
+
+    d_in: tuple  # width of each model's residual stream
+    dict_size: int  # number of features
+    sizes: tuple  # number of exclusive features of each model
 
     @cached_property
-    def channels(self): # slice of the flat axis that each model occupies
+    def channels(self):  # slice of the flat axis that each model occupies
         ends = torch.tensor((0, *self.d_in)).cumsum(0).tolist()
         return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
     @cached_property
-    def features(self): # name -> slice of the features: "A", "B", …, "shared"
+    def features(self):  # name -> slice of the features: "A", "B", …, "shared"
         ends = [*torch.tensor((0, *self.sizes)).cumsum(0).tolist(), self.dict_size]
-        return dict(zip([*ascii_uppercase[:len(self.sizes)], "shared"], [slice(a, b) for a, b in zip(ends, ends[1:])]))
+        return dict(zip([*ascii_uppercase[: len(self.sizes)], "shared"], [slice(a, b) for a, b in zip(ends, ends[1:])]))
 
     @cached_property
-    def forbidden(self): # blocks (features, channels) that are exactly zero in both weight matrices
+    def forbidden(self):  # blocks (features, channels) that are exactly zero in both weight matrices
         exclusive = [s for name, s in self.features.items() if name != "shared"]
-        return [(f, c) for m, f in enumerate(exclusive) for n, c in enumerate(self.channels) if m != n and f.stop > f.start]
+        return [
+            (f, c) for m, f in enumerate(exclusive) for n, c in enumerate(self.channels) if m != n and f.stop > f.start
+        ]
 
-    def labels(self): # list of dict_size names
+    def labels(self):  # list of dict_size names
         return [name for name, s in self.features.items() for _ in range(s.stop - s.start)]
 
 # %% ../../nbs/model/15_crosscoder.ipynb #bd047e8b
-def exclusive_sizes(exclusive,      # one fraction (0 to 1) or count per model, or None for no exclusive features
-                    dict_size: int, # number of features
-                    n_models: int   # number of models
-                   ) -> tuple:
+def exclusive_sizes(
+    exclusive,  # one fraction (0 to 1) or count per model, or None for no exclusive features
+    dict_size: int,  # number of features
+    n_models: int,  # number of models
+) -> tuple:
     "Number of exclusive features of each model."
-    if exclusive is None: return (0,) * n_models
+    if exclusive is None:
+        return (0,) * n_models
     if len(exclusive) != n_models:
-        raise BadInput(f"exclusive has {len(exclusive)} entries, expected one for each of the {n_models} models: {exclusive}")
+        raise BadInput(
+            f"exclusive has {len(exclusive)} entries, expected one for each of the {n_models} models: {exclusive}"
+        )
     sizes = tuple(int(e * dict_size) if isinstance(e, float) else int(e) for e in exclusive)
     if min(sizes) < 0 or sum(sizes) > dict_size:
-        raise BadInput(f"exclusive {tuple(exclusive)} gives {sizes} features out of {dict_size}: "
-                       "fractions must be at least 0 and add up to at most 1, counts to at most the size of the dictionary")
+        raise BadInput(
+            f"exclusive {tuple(exclusive)} gives {sizes} features out of {dict_size}: "
+            "fractions must be at least 0 and add up to at most 1, counts to at most the size of the dictionary"
+        )
     return sizes
 
 # %% ../../nbs/model/15_crosscoder.ipynb #90d64fad
 NORMALIZERS = ("zscore", "scale", "none", "norm")
 
+
 class Normalizer(nn.Module):
     "One affine map of the flat axis: `(x - shift) / scale`. The identity until it is fitted."
-    def __init__(self,
-                 d_in: tuple,         # width of each model
-                 kind: str = "scale"  # one of `NORMALIZERS`
-                ):
+
+    def __init__(
+        self,
+        d_in: tuple,  # width of each model
+        kind: str = "scale",  # one of `NORMALIZERS`
+    ):
         super().__init__()
-        if kind not in NORMALIZERS: raise BadInput(f"normalizer {kind!r} is unknown: one of {', '.join(NORMALIZERS)}")
+        if kind not in NORMALIZERS:
+            raise BadInput(f"normalizer {kind!r} is unknown: one of {', '.join(NORMALIZERS)}")
         self.d_in, self.kind = tuple(d_in), kind
         self.register_buffer("shift", torch.zeros(sum(d_in)))
         self.register_buffer("scale", torch.ones(sum(d_in)))
         self.register_buffer("fitted", torch.tensor(kind == "none"))
 
-    def forward(self, x): return (x - self.shift) / self.scale
-    def undo(self, z): return z * self.scale + self.shift
+    def forward(self, x):
+        return (x - self.shift) / self.scale
+
+    def undo(self, z):
+        return z * self.scale + self.shift
 
 # %% ../../nbs/model/15_crosscoder.ipynb #672c4ab5
 @patch
 @torch.no_grad()
-def fit(self: Normalizer,
-        chunks # () -> iterator over flat activations, each (rows, Σd)
-       ):
+def fit(
+    self: Normalizer,
+    chunks,  # () -> iterator over flat activations, each (rows, Σd)
+):
     "Fit shift and scale; NaN or Inf raise `BadInput`."
     n, first, total, squares = 0, None, 0, 0
     for x in chunks():
         x = x.double()
-        if first is None: first = x.mean(0)
+        if first is None:
+            first = x.mean(0)
         n, total, squares = n + len(x), total + (x - first).sum(0), squares + (x - first).square().sum(0)
-    if not n: raise BadInput("there are no activations to fit the normalizer on")
+    if not n:
+        raise BadInput("there are no activations to fit the normalizer on")
     if not total.isfinite().all():
-        raise BadInput(f"the activations hold NaN or Inf in channel {int((~total.isfinite()).nonzero()[0])} of the flat axis: the normalizer cannot be fitted")
+        raise BadInput(
+            f"the activations hold NaN or Inf in channel {int((~total.isfinite()).nonzero()[0])} of the flat axis: the normalizer cannot be fitted"
+        )
     mean = total / n
     std = (squares / n - mean.square()).clamp(min=0).sqrt()
-    if self.kind == "zscore": scale = torch.where(std > 0, std, 1.)
-    elif self.kind == "scale": scale = self._per_model(chunks, first + mean)
-    elif self.kind == "norm": first, mean, scale = 0, torch.zeros_like(mean), self._per_model(chunks, 0 * mean, mean_norm=True)
-    if self.kind != "none": self.shift.copy_(first + mean), self.scale.copy_(scale)
+    if self.kind == "zscore":
+        scale = torch.where(std > 0, std, 1.0)
+    elif self.kind == "scale":
+        scale = self._per_model(chunks, first + mean)
+    elif self.kind == "norm":
+        first, mean, scale = 0, torch.zeros_like(mean), self._per_model(chunks, 0 * mean, mean_norm=True)
+    if self.kind != "none":
+        self.shift.copy_(first + mean), self.scale.copy_(scale)
     self.fitted.fill_(True)
     return self
 
+
 @patch
-def _per_model(self: Normalizer, chunks, mean, mean_norm=False): # one number a model, from the median (or mean) norm around `mean`
-    norms = torch.cat([torch.stack([p.norm(dim=1) for p in (x.double() - mean).split(self.d_in, 1)], 1) for x in chunks()])
+def _per_model(
+    self: Normalizer, chunks, mean, mean_norm=False
+):  # one number a model, from the median (or mean) norm around `mean`
+    norms = torch.cat(
+        [torch.stack([p.norm(dim=1) for p in (x.double() - mean).split(self.d_in, 1)], 1) for x in chunks()]
+    )
     width = torch.tensor(self.d_in, device=mean.device) if mean_norm else sum(self.d_in) / len(self.d_in)
     per_model = (norms.mean(0) if mean_norm else norms.median(0).values) / width**0.5
-    return torch.where(per_model > 0, per_model, 1.).repeat_interleave(torch.tensor(self.d_in, device=mean.device))
+    return torch.where(per_model > 0, per_model, 1.0).repeat_interleave(torch.tensor(self.d_in, device=mean.device))
 
 # %% ../../nbs/model/15_crosscoder.ipynb #cda68c6b
 class CrossCoder(nn.Module):
     "A sparse dictionary of several models' activations. Raw activations in, raw activations out."
-    def __init__(self,
-                 d_in: tuple,                   # width of each model's residual stream, two or more
-                 dict_size: int | None = None,  # number of features; 8 × the widest model if left out
-                 k: int = 48,                   # active features a sample (a mean for "batchtopk", not used by "relu")
-                 exclusive: tuple | None = None,# fraction (float) or count (int) of features for each model alone
-                 activation: str = "batchtopk", # one of `ACTIVATIONS`; the card's is "topk"
-                 normalizer: str = "scale",     # one of `NORMALIZERS`; the card's is "zscore"
-                 seed: int = 0):                # of the starting weights
+
+    def __init__(
+        self,
+        d_in: tuple,  # width of each model's residual stream, two or more
+        dict_size: int | None = None,  # number of features; 8 × the widest model if left out
+        k: int = 48,  # active features a sample (a mean for "batchtopk", not used by "relu")
+        exclusive: tuple | None = None,  # fraction (float) or count (int) of features for each model alone
+        activation: str = "batchtopk",  # one of `ACTIVATIONS`; the card's is "topk"
+        normalizer: str = "scale",  # one of `NORMALIZERS`; the card's is "zscore"
+        seed: int = 0,
+    ):  # of the starting weights
         super().__init__()
         d_in = tuple(int(d) for d in d_in)
-        if len(d_in) < 2: raise BadInput(f"a crosscoder needs at least two models, d_in is {d_in}")
+        if len(d_in) < 2:
+            raise BadInput(f"a crosscoder needs at least two models, d_in is {d_in}")
         dict_size = dict_size or 8 * max(d_in)
-        if activation not in ACTIVATIONS: raise BadInput(f"activation {activation!r} is unknown: one of {', '.join(ACTIVATIONS)}")
-        if not 1 <= k <= dict_size: raise BadInput(f"k is {k} and the dictionary has {dict_size} features: k must be between 1 and {dict_size}")
+        if activation not in ACTIVATIONS:
+            raise BadInput(f"activation {activation!r} is unknown: one of {', '.join(ACTIVATIONS)}")
+        if not 1 <= k <= dict_size:
+            raise BadInput(f"k is {k} and the dictionary has {dict_size} features: k must be between 1 and {dict_size}")
         self.d_in, self.dict_size, self.k, self.activation = d_in, dict_size, k, activation
         self.partition = Partition(d_in, dict_size, exclusive_sizes(exclusive, dict_size, len(d_in)))
         self.normalizer = Normalizer(d_in, normalizer)
@@ -137,36 +173,44 @@ class CrossCoder(nn.Module):
         rows = torch.cat([0.4 * nn.functional.normalize(torch.randn(dict_size, d, generator=g)) for d in d_in], 1)
         self.encoder, self.encoder_bias = nn.Parameter(rows.clone()), nn.Parameter(torch.zeros(dict_size))
         self.decoder, self.decoder_bias = nn.Parameter(rows), nn.Parameter(torch.zeros(sum(d_in)))
-        self.register_buffer("threshold", torch.tensor(0.)) # learned by batch top-k in training
-        self.register_buffer("frozen", torch.zeros(dict_size, dtype=torch.uint8)) # what training leaves alone: 1 a feature's decoder, 2 all of it
+        self.register_buffer("threshold", torch.tensor(0.0))  # learned by batch top-k in training
+        self.register_buffer(
+            "frozen", torch.zeros(dict_size, dtype=torch.uint8)
+        )  # what training leaves alone: 1 a feature's decoder, 2 all of it
         self.apply_partition()
         self.register_load_state_dict_post_hook(lambda self, _: self.apply_partition())
 
     @torch.no_grad()
     def apply_partition(self):
         "Set every forbidden weight to 0."
-        for f, c in self.partition.forbidden: self.encoder[f, c], self.decoder[f, c] = 0, 0
+        for f, c in self.partition.forbidden:
+            self.encoder[f, c], self.decoder[f, c] = 0, 0
 
 # %% ../../nbs/model/15_crosscoder.ipynb #9b7e7f7f
-def _views(flat, d_in, last): # flat (..., Σd) as the card has it, the models' axis last or first
-    if len(set(d_in)) > 1: return tuple(t.T if last else t for t in flat.split(d_in, -1))
+def _views(flat, d_in, last):  # flat (..., Σd) as the card has it, the models' axis last or first
+    if len(set(d_in)) > 1:
+        return tuple(t.T if last else t for t in flat.split(d_in, -1))
     t = flat.unflatten(-1, (len(d_in), d_in[0]))
     return t.permute(1, 2, 0) if last else t
+
 
 @patch(as_prop=True)
 def W_enc(self: CrossCoder):
     "Encoder, (M, d, F), or a tuple of (d_m, F)."
     return _views(self.encoder, self.d_in, last=True)
 
+
 @patch(as_prop=True)
 def b_enc(self: CrossCoder):
     "Encoder's bias, (F,)."
     return self.encoder_bias
 
+
 @patch(as_prop=True)
 def W_dec(self: CrossCoder):
     "Decoder, (F, M, d), or a tuple of (F, d_m)."
     return _views(self.decoder, self.d_in, last=False)
+
 
 @patch(as_prop=True)
 def b_dec(self: CrossCoder):
@@ -180,129 +224,178 @@ CrossCoder.n_shared = property(lambda self: self.dict_size - sum(self.partition.
 CrossCoder.a_end = CrossCoder.n_a
 CrossCoder.b_end = property(lambda self: self.n_a + self.n_b, doc="One past B's last feature.")
 
+
 @patch
 def __repr__(self: CrossCoder):
     "Sizes, partition, activation function and normalizer."
     parts = " | ".join(f"{s.stop - s.start} {name}" for name, s in self.partition.features.items())
-    return (f"CrossCoder({' + '.join(map(str, self.d_in))} channels, {self.dict_size} features ({parts}), {self.activation}"
-            f"{f' k={self.k}' if ACTIVATIONS[self.activation].uses_k else ''}, normalizer {self.normalizer.kind}"
-            f"{'' if self.normalizer.fitted else ', not fitted'})")
+    return (
+        f"CrossCoder({' + '.join(map(str, self.d_in))} channels, {self.dict_size} features ({parts}), {self.activation}"
+        f"{f' k={self.k}' if ACTIVATIONS[self.activation].uses_k else ''}, normalizer {self.normalizer.kind}"
+        f"{'' if self.normalizer.fitted else ', not fitted'})"
+    )
 
 # %% ../../nbs/model/15_crosscoder.ipynb #c2c300ce
 @patch
-def flat(self: CrossCoder,
-         x # raw activations: (batch, M, d), a tuple of (batch, d_m), or flat already (batch, Σd)
-        ) -> Tensor: # (batch, Σd), float32, raw
+def flat(
+    self: CrossCoder,
+    x,  # raw activations: (batch, M, d), a tuple of (batch, d_m), or flat already (batch, Σd)
+) -> Tensor:  # (batch, Σd), float32, raw
     "Both forms of a batch laid side by side; another shape raises `BadInput`."
-    parts = tuple(x) if isinstance(x, (tuple, list)) else x.unbind(1) if x.dim() == 3 else x.split(self.d_in, 1) if x.dim() == 2 and x.shape[1] == sum(self.d_in) else (x,)
+    parts = (
+        tuple(x)
+        if isinstance(x, (tuple, list))
+        else x.unbind(1)
+        if x.dim() == 3
+        else x.split(self.d_in, 1)
+        if x.dim() == 2 and x.shape[1] == sum(self.d_in)
+        else (x,)
+    )
     found = [tuple(p.shape) for p in parts]
     if len(parts) != len(self.d_in) or any(len(s) != 2 or s != (found[0][0], d) for s, d in zip(found, self.d_in)):
         same = f"(batch, {len(self.d_in)}, {self.d_in[0]}), or " if len(set(self.d_in)) == 1 else ""
-        raise BadInput(f"activations have the shape {tuple(x.shape) if isinstance(x, Tensor) else found}, "
-                       f"expected {same}a tuple of {', '.join(f'(batch, {d})' for d in self.d_in)}")
+        raise BadInput(
+            f"activations have the shape {tuple(x.shape) if isinstance(x, Tensor) else found}, "
+            f"expected {same}a tuple of {', '.join(f'(batch, {d})' for d in self.d_in)}"
+        )
     device = self.encoder.device
-    if isinstance(x, Tensor): return x.flatten(1).to(device, self.encoder.dtype)
+    if isinstance(x, Tensor):
+        return x.flatten(1).to(device, self.encoder.dtype)
     return torch.cat([p.to(device, non_blocking=True) for p in parts], 1).to(self.encoder.dtype)
 
-@patch
-def _chunks(self: CrossCoder, data, rows=4096, most=64): # a store or tensors -> iterator of flat raw chunks; of a large store `most`, spread evenly
-    if not hasattr(data, "read"): yield from self.flat(data).split(rows)
-    elif len(data) <= rows * most: yield from (self.flat(data.read(i, i + rows)) for i in range(0, len(data), rows))
-    else: yield from (self.flat(data.read(i, i + rows)) for i in torch.linspace(0, len(data) - rows, most, dtype=torch.float64).long().tolist())
 
 @patch
-def fit_normalizer(self: CrossCoder,
-                   data # a store, or raw activations: (rows, M, d) or a tuple of (rows, d_m)
-                  ):
+def _chunks(
+    self: CrossCoder, data, rows=4096, most=64
+):  # a store or tensors -> iterator of flat raw chunks; of a large store `most`, spread evenly
+    if not hasattr(data, "read"):
+        yield from self.flat(data).split(rows)
+    elif len(data) <= rows * most:
+        yield from (self.flat(data.read(i, i + rows)) for i in range(0, len(data), rows))
+    else:
+        yield from (
+            self.flat(data.read(i, i + rows))
+            for i in torch.linspace(0, len(data) - rows, most, dtype=torch.float64).long().tolist()
+        )
+
+
+@patch
+def fit_normalizer(
+    self: CrossCoder,
+    data,  # a store, or raw activations: (rows, M, d) or a tuple of (rows, d_m)
+):
     "Fit the normalizer, on at most 262,144 rows of a store, spread evenly. `train` does it on the training part; until then it is the identity."
     self.normalizer.fit(partial(self._chunks, data))
     return self
 
 # %% ../../nbs/model/15_crosscoder.ipynb #00f84f8e
 @patch
-def normalize(self: CrossCoder,
-              x: Tensor,                # (batch, Σd) flat and raw
-              out: Tensor | None = None # of that shape, where the result goes; made if left out
-             ) -> Tensor: # (batch, Σd)
+def normalize(
+    self: CrossCoder,
+    x: Tensor,  # (batch, Σd) flat and raw
+    out: Tensor | None = None,  # of that shape, where the result goes; made if left out
+) -> Tensor:  # (batch, Σd)
     "Flat activations in the units that weights are in."
     return torch.sub(x, self.normalizer.shift, out=out).div_(self.normalizer.scale)
+
 
 @patch
 def share_normalizer(self: CrossCoder, other: CrossCoder):
     "Take over the normalizer of another crosscoder of the same kind that was fitted on the same activations."
     self.normalizer.load_state_dict(other.normalizer.state_dict())
 
+
 CrossCoder.unit = property(lambda self: self.normalizer.scale, doc="Raw units in one normalized unit, (Σd,).")
-CrossCoder.origin = property(lambda self: self.normalizer.shift, doc="The raw activations that are zero when normalized, (Σd,).")
-CrossCoder.offset = property(lambda self: self.normalizer.undo(self.decoder_bias), doc="What is reconstructed where no feature is active, (Σd,), raw.")
+CrossCoder.origin = property(
+    lambda self: self.normalizer.shift, doc="The raw activations that are zero when normalized, (Σd,)."
+)
+CrossCoder.offset = property(
+    lambda self: self.normalizer.undo(self.decoder_bias),
+    doc="What is reconstructed where no feature is active, (Σd,), raw.",
+)
 CrossCoder.fitted = property(lambda self: bool(self.normalizer.fitted), doc="Whether the normalizer was fitted.")
 
 # %% ../../nbs/model/15_crosscoder.ipynb #83a32a8b
 @patch
-def select(self: CrossCoder,
-           pre: Tensor,        # (batch, dict_size) pre-activations
-           k: int | None = None # another number than the model's own
-          ): # -> Layout
+def select(
+    self: CrossCoder,
+    pre: Tensor,  # (batch, dict_size) pre-activations
+    k: int | None = None,  # another number than the model's own
+):  # -> Layout
     "The active features of each sample."
     k = k or self.k
     a = ACTIVATIONS[self.activation]
-    if a.learns_threshold and not self.training and self.threshold > 0: return select_above(pre, self.threshold)
+    if a.learns_threshold and not self.training and self.threshold > 0:
+        return select_above(pre, self.threshold)
     return a.select(pre, k)
 
+
 @patch
-def codes(self: CrossCoder,
-          x # raw: (batch, M, d), a tuple of (batch, d_m), or flat (batch, Σd)
-         ) -> Codes:
+def codes(
+    self: CrossCoder,
+    x,  # raw: (batch, M, d), a tuple of (batch, d_m), or flat (batch, Σd)
+) -> Codes:
     "Sparse features of raw activations: the one way from activations to codes."
     return encode(self.normalizer(self.flat(x)), self.encoder, self.encoder_bias, self.select, self.partition.forbidden)
 
+
 @patch
-def reconstruct(self: CrossCoder, codes: Codes) -> Tensor: # (batch, Σd), raw
+def reconstruct(self: CrossCoder, codes: Codes) -> Tensor:  # (batch, Σd), raw
     "Raw activations, flat, from sparse features."
     return self.normalizer.undo(decode(codes, self.decoder, self.decoder_bias, self.partition.forbidden))
 
 # %% ../../nbs/model/15_crosscoder.ipynb #d8af274d
 @patch
-def encode(self: CrossCoder,
-           x # raw: (batch, M, d), or a tuple of (batch, d_m)
-          ) -> Tensor: # (batch, dict_size)
+def encode(
+    self: CrossCoder,
+    x,  # raw: (batch, M, d), or a tuple of (batch, d_m)
+) -> Tensor:  # (batch, dict_size)
     "Dense features of raw activations."
     return self.codes(x).dense()
 
+
 @patch
-def encode_sparse(self: CrossCoder,
-                  x # raw: (batch, M, d), or a tuple of (batch, d_m)
-                 ) -> tuple: # values and indices, both (batch, k), strongest first
+def encode_sparse(
+    self: CrossCoder,
+    x,  # raw: (batch, M, d), or a tuple of (batch, d_m)
+) -> tuple:  # values and indices, both (batch, k), strongest first
     "Active features of raw activations. Rows may need another width than k unless the activation is topk; short ones end in value 0."
     return padded(self.codes(x), self.k if ACTIVATIONS[self.activation].same_count else None)
 
+
 @patch
-def decode(self: CrossCoder,
-           features: Tensor # (batch, dict_size)
-          ): # raw reconstruction: (batch, M, d), or a tuple of (batch, d_m) where widths differ
+def decode(
+    self: CrossCoder,
+    features: Tensor,  # (batch, dict_size)
+):  # raw reconstruction: (batch, M, d), or a tuple of (batch, d_m) where widths differ
     "Raw activations from dense features."
     return _views(self.normalizer.undo(features @ self.decoder + self.decoder_bias), self.d_in, last=False)
 
+
 @patch
-def forward(self: CrossCoder, x): # -> reconstruction like `x`, features (batch, dict_size)
+def forward(self: CrossCoder, x):  # -> reconstruction like `x`, features (batch, dict_size)
     codes = self.codes(x)
     return _views(self.reconstruct(codes), self.d_in, last=False), codes.dense()
 
 # %% ../../nbs/model/15_crosscoder.ipynb #fa8d1066
 @patch
-def directions(self: CrossCoder,
-               m: int # which model, 0 is A
-              ) -> Tensor: # (dict_size, d_m)
+def directions(
+    self: CrossCoder,
+    m: int,  # which model, 0 is A
+) -> Tensor:  # (dict_size, d_m)
     "What each feature writes into model `m`, in raw units per unit of activation."
     c = self.partition.channels[m]
     return (self.decoder[:, c] * self.normalizer.scale[c]).detach()
 
+
 @patch
-def feature_stats(self: CrossCoder,
-                  features: Tensor # (batch, dict_size)
-                 ) -> dict:
+def feature_stats(
+    self: CrossCoder,
+    features: Tensor,  # (batch, dict_size)
+) -> dict:
     "The card's keys: `l0_total`, `l0_a_excl`, …, `mean_shared`; an empty partition has 0."
     return dfc.feature_stats(features, self.partition.sizes)
+
 
 @patch
 def verify_partition_integrity(self: CrossCoder) -> dict:
@@ -314,26 +407,38 @@ def verify_partition_integrity(self: CrossCoder) -> dict:
 @patch
 def config(self: CrossCoder) -> dict:
     "The arguments that make a model of the same shape."
-    return {"d_in": list(self.d_in), "dict_size": self.dict_size, "k": self.k, "exclusive": list(self.partition.sizes),
-            "activation": self.activation, "normalizer": self.normalizer.kind}
+    return {
+        "d_in": list(self.d_in),
+        "dict_size": self.dict_size,
+        "k": self.k,
+        "exclusive": list(self.partition.sizes),
+        "activation": self.activation,
+        "normalizer": self.normalizer.kind,
+    }
+
 
 @patch
 def weights(self: CrossCoder) -> Weights:
     "Its tensors and settings as a plain record, which every file format is written from."
     return Weights(self.config(), {k: v.detach() for k, v in self.state_dict().items()}, dict(self.info))
 
+
 @patch(cls_method=True)
-def from_weights(cls: CrossCoder, w: Weights, path="these weights") -> CrossCoder: # `path` is named if they do not fit
+def from_weights(cls: CrossCoder, w: Weights, path="these weights") -> CrossCoder:  # `path` is named if they do not fit
     "A model from such a record."
-    try: cc = CrossCoder(**w.config)
-    except TypeError as e: raise BadInput(f"{path} has the configuration {w.config}, which is not one of a CrossCoder: {e}") from None
+    try:
+        cc = CrossCoder(**w.config)
+    except TypeError as e:
+        raise BadInput(f"{path} has the configuration {w.config}, which is not one of a CrossCoder: {e}") from None
     load_strictly(cc, w.state, path)
     cc.info = w.info
-    if w.warning: warnings.warn(w.warning, stacklevel=3)
+    if w.warning:
+        warnings.warn(w.warning, stacklevel=3)
     return cc
 
+
 @patch
-def fold(self: CrossCoder): # a new CrossCoder with normalizer "none"
+def fold(self: CrossCoder):  # a new CrossCoder with normalizer "none"
     "The same function with the normalizer folded into the weights."
     return CrossCoder.from_weights(formats.fold(self.weights())).to(self.encoder.device).train(self.training)
 
@@ -343,40 +448,48 @@ def to_bytes(self: CrossCoder) -> bytes:
     "The model as a safetensors file: tensors, with configuration and `info` as JSON in the header."
     return formats.to_bytes(self.weights())
 
+
 @patch
 def hparams(self: CrossCoder) -> dict:
     "The card's `hparams.json`, from the partition and from what training left in `info`; what is not known is null."
     return formats.hparams(self.weights())
 
+
 @patch
-def save(self: CrossCoder,
-         folder,         # made if it is not there
-         format="native",# "native": model.safetensors and config.json; "card": the six files of a published folder; or another of `formats.FORMATS`
-         model=0         # whose half, for "saelens"
-        ):
+def save(
+    self: CrossCoder,
+    folder,  # made if it is not there
+    format="native",  # "native": model.safetensors and config.json; "card": the six files of a published folder; or another of `formats.FORMATS`
+    model=0,  # whose half, for "saelens"
+):
     "Write the model into a folder; `BadInput` says what a format cannot hold."
     formats.save_weights(self.weights(), folder, format, model)
 
 # %% ../../nbs/model/15_crosscoder.ipynb #083d79ed
-def load_native(path): # a CrossCoder from our model.safetensors
+def load_native(path):  # a CrossCoder from our model.safetensors
     return CrossCoder.from_weights(read_native(formats.read_tensors(path), None, path), path)
 
+
 @patch(cls_method=True)
-def load(cls: CrossCoder,
-         folder,       # a folder or a weight file: ours, the card's, or any other of `formats.FORMATS`
-         device="cpu"  # where the model shall live
-        ) -> CrossCoder:
+def load(
+    cls: CrossCoder,
+    folder,  # a folder or a weight file: ours, the card's, or any other of `formats.FORMATS`
+    device="cpu",  # where the model shall live
+) -> CrossCoder:
     "A model from a folder, in eval mode. Warns if the file brings no normalizer."
     path = formats.find_weights(folder)
     return CrossCoder.from_weights(formats.load_weights(path), path).to(device).eval()
 
+
 @patch(cls_method=True)
-def from_pretrained(cls: CrossCoder,
-                    repo: str,   # folder, or a repo on the hub such as "antebe1/cc-D16k-k90", or a folder of one: "owner/name/folder"
-                    device="cpu" # where the model shall live
-                   ) -> CrossCoder:
+def from_pretrained(
+    cls: CrossCoder,
+    repo: str,  # folder, or a repo on the hub such as "antebe1/cc-D16k-k90", or a folder of one: "owner/name/folder"
+    device="cpu",  # where the model shall live
+) -> CrossCoder:
     "A published model. Only weights, JSON and YAML are fetched; a `dfc.py` in the repo is never run."
     path = formats.find_weights(formats.fetch(repo))
     return CrossCoder.from_weights(formats.load_weights(path), path).to(device).eval()
 
-DFCCrossCoder = CrossCoder # the card's name for it
+
+DFCCrossCoder = CrossCoder  # the card's name for it

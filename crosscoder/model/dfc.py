@@ -15,15 +15,18 @@ from torch import nn
 # %% ../../nbs/model/10_dfc.ipynb #47d109a1
 class DFCCrossCoder(nn.Module):
     "A crosscoder of two models with features in the order [A | B | shared], dense, in the format of the published card."
-    def __init__(self,
-                 activation_dim: int,     # width d of both models' residual streams
-                 dict_size: int,          # number of features F
-                 k: int,                  # active features a sample
-                 n_a: int = 0,            # features of model A alone
-                 n_b: int = 0,            # features of model B alone
-                 activation: str = "topk",# "topk", or "threshold": keep what reaches `threshold` (a batch top-k model after training)
-                 threshold: float = 0.0,  # used by "threshold" only
-                 **ignored):              # other keys of a config.json
+
+    def __init__(
+        self,
+        activation_dim: int,  # width d of both models' residual streams
+        dict_size: int,  # number of features F
+        k: int,  # active features a sample
+        n_a: int = 0,  # features of model A alone
+        n_b: int = 0,  # features of model B alone
+        activation: str = "topk",  # "topk", or "threshold": keep what reaches `threshold` (a batch top-k model after training)
+        threshold: float = 0.0,  # used by "threshold" only
+        **ignored,
+    ):  # other keys of a config.json
         super().__init__()
         self.activation_dim, self.dict_size, self.k, self.n_a, self.n_b = activation_dim, dict_size, k, n_a, n_b
         self.activation, self.threshold = activation, threshold
@@ -32,32 +35,35 @@ class DFCCrossCoder(nn.Module):
         self.W_dec = nn.Parameter(torch.zeros(dict_size, 2, activation_dim))
         self.b_dec = nn.Parameter(torch.zeros(2, activation_dim))
         mask = torch.ones(2, dict_size)
-        mask[1, :n_a] = 0                 # A's features: nothing of B
-        mask[0, n_a:n_a + n_b] = 0        # B's features: nothing of A
+        mask[1, :n_a] = 0  # A's features: nothing of B
+        mask[0, n_a : n_a + n_b] = 0  # B's features: nothing of A
         self.register_buffer("enc_mask", mask)
         self.register_buffer("dec_mask", mask.T.clone())
 
     @property
-    def n_shared(self): return self.dict_size - self.n_a - self.n_b
+    def n_shared(self):
+        return self.dict_size - self.n_a - self.n_b
 
-    def encode(self, x): # (batch, 2, d) raw activations -> (batch, dict_size) features
+    def encode(self, x):  # (batch, 2, d) raw activations -> (batch, dict_size) features
         pre = torch.einsum("bmd,mdf->bf", x.to(self.W_enc.dtype), self.W_enc * self.enc_mask[:, None, :]) + self.b_enc
         f = pre.relu()
-        if self.activation == "threshold": return f * (f >= self.threshold)
+        if self.activation == "threshold":
+            return f * (f >= self.threshold)
         values, indices = f.topk(self.k, dim=-1)
         return torch.zeros_like(f).scatter(-1, indices, values)
 
-    def decode(self, features): # (batch, dict_size) -> (batch, 2, d)
+    def decode(self, features):  # (batch, dict_size) -> (batch, 2, d)
         return torch.einsum("bf,fmd->bmd", features, self.W_dec * self.dec_mask[:, :, None]) + self.b_dec
 
-    def forward(self, x): # -> reconstruction (batch, 2, d), features (batch, dict_size)
+    def forward(self, x):  # -> reconstruction (batch, 2, d), features (batch, dict_size)
         features = self.encode(x)
         return self.decode(features), features
 
 # %% ../../nbs/model/10_dfc.ipynb #f61b1361
-def feature_stats(features, # (batch, dict_size) dense features
-                  sizes     # number of features of each model alone, in their order
-                 ) -> dict: # the card's keys, floats
+def feature_stats(
+    features,  # (batch, dict_size) dense features
+    sizes,  # number of features of each model alone, in their order
+) -> dict:  # the card's keys, floats
     "Active features a sample and mean value, in all and per partition; an empty partition has 0."
     names = [f"{letter}_excl" for letter, _ in zip("abcdefgh", sizes)] + ["shared"]
     parts = dict(zip(names, features.split([*sizes, features.shape[1] - sum(sizes)], dim=1)))
@@ -68,13 +74,18 @@ def feature_stats(features, # (batch, dict_size) dense features
 def partition_violation(model):
     "Largest forbidden weight of encoder and decoder; exactly 0.0 in a sound model."
     worst = lambda w, mask: (w * (1 - mask)).abs().max().item()
-    return {"enc_max_violation": worst(model.W_enc, model.enc_mask[:, None, :]), "dec_max_violation": worst(model.W_dec, model.dec_mask[:, :, None])}
+    return {
+        "enc_max_violation": worst(model.W_enc, model.enc_mask[:, None, :]),
+        "dec_max_violation": worst(model.W_dec, model.dec_mask[:, :, None]),
+    }
+
 
 DFCCrossCoder.feature_stats = lambda self, features: feature_stats(features, (self.n_a, self.n_b))
 DFCCrossCoder.verify_partition_integrity = partition_violation
 
 # %% ../../nbs/model/10_dfc.ipynb #bf4e3bca
 CONFIG_KEYS = ("activation_dim", "dict_size", "k", "n_a", "n_b", "activation", "threshold")
+
 
 def load(cls, folder, device="cpu"):
     "The model of a folder in the card's format."
@@ -83,12 +94,14 @@ def load(cls, folder, device="cpu"):
     model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
     return model.to(device).eval()
 
+
 def save(model, folder):
     "Write `model.pt` and `config.json`."
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), Path(folder) / "model.pt")
     config = {key: getattr(model, key) for key in CONFIG_KEYS}
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
+
 
 DFCCrossCoder.load = classmethod(load)
 DFCCrossCoder.save = save

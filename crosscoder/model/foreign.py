@@ -19,9 +19,9 @@ from ..basics import BadInput, write_atomic
 from crosscoder.model.formats import (
     CARD,
     FORMATS,
-    Format,
     NO_STATISTICS,
     WEIGHT_FILES,
+    Format,
     Weights,
     emit,
     fold,
@@ -36,168 +36,324 @@ from crosscoder.model.formats import (
 )
 
 # %% ../../nbs/model/14_foreign.ipynb #640576b4
-DL = {"encoder": ("encoder.weight", "M d F"), "encoder_bias": ("encoder.bias", "F"), "decoder": ("decoder.weight", "M F d"), "decoder_bias": ("decoder.bias", "M d")}
+DL = {
+    "encoder": ("encoder.weight", "M d F"),
+    "encoder_bias": ("encoder.bias", "F"),
+    "decoder": ("decoder.weight", "M F d"),
+    "decoder_bias": ("decoder.bias", "M d"),
+}
 CODE_NORMS = (None, "CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")  # their number is their place
 
-def code_scale(decoder: Tensor,  # (F, M, d)
-               kind: str,        # of `CODE_NORMS`
-               alpha_sae=1.0,    # weights of "MIXED"
-               alpha_cc=0.1) -> Tensor: # (F,)
+
+def code_scale(
+    decoder: Tensor,  # (F, M, d)
+    kind: str,  # of `CODE_NORMS`
+    alpha_sae=1.0,  # weights of "MIXED"
+    alpha_cc=0.1,
+) -> Tensor:  # (F,)
     "What crosscoder_learning multiplies a feature with."
     each, whole = decoder.norm(dim=2).sum(1), decoder.flatten(1).norm(dim=1)
     return {"NONE": torch.ones_like(each), "SAE": whole, "MIXED": alpha_sae * whole + alpha_cc * each}.get(kind, each)
 
-def rescale(arrays: dict, n: Tensor) -> dict: # n (F,): features become n times as large
+
+def rescale(arrays: dict, n: Tensor) -> dict:  # n (F,): features become n times as large
     "The same reconstruction with each feature in another unit; a unit of 0 silences it."
-    safe = torch.where(n > 0, n, 1.)[:, None, None]
-    return {**arrays, "encoder": arrays["encoder"] * n[:, None, None], "encoder_bias": arrays["encoder_bias"] * n, "decoder": arrays["decoder"] / safe}
+    safe = torch.where(n > 0, n, 1.0)[:, None, None]
+    return {
+        **arrays,
+        "encoder": arrays["encoder"] * n[:, None, None],
+        "encoder_bias": arrays["encoder_bias"] * n,
+        "decoder": arrays["decoder"] / safe,
+    }
 
 # %% ../../nbs/model/14_foreign.ipynb #621d70c0
-def read_dl(tensors, settings, path) -> Weights: # `ae.pt` or `model.safetensors`
+def read_dl(tensors, settings, path) -> Weights:  # `ae.pt` or `model.safetensors`
     said = {**(settings or {}), **((settings or {}).get("trainer") or {})}
     arrays = parse(tensors, DL, path, {"F": said.get("dict_size"), "d": said.get("activation_dim")})
     f, m, _ = arrays["encoder"].shape
     number = int(tensors.get("code_normalization_id", -1))
-    kind = CODE_NORMS[number] if 0 < number < len(CODE_NORMS) else str(said.get("code_normalization", "CROSSCODER")).upper()
-    if kind not in CODE_NORMS: raise BadInput(f"{path} has code_normalization {kind!r}, expected one of {', '.join(CODE_NORMS[1:])}")
+    kind = (
+        CODE_NORMS[number]
+        if 0 < number < len(CODE_NORMS)
+        else str(said.get("code_normalization", "CROSSCODER")).upper()
+    )
+    if kind not in CODE_NORMS:
+        raise BadInput(f"{path} has code_normalization {kind!r}, expected one of {', '.join(CODE_NORMS[1:])}")
     if "k" in tensors and kind == "DECOUPLED":
-        raise BadInput(f"{path} selects features for each model by itself (code_normalization DECOUPLED); a crosscoder here selects them once for all models")
-    threshold = tensors["threshold"].max().item() if "threshold" in tensors else 0.
+        raise BadInput(
+            f"{path} selects features for each model by itself (code_normalization DECOUPLED); a crosscoder here selects them once for all models"
+        )
+    threshold = tensors["threshold"].max().item() if "threshold" in tensors else 0.0
     batchtopk = "k" in tensors and threshold > 0
     alphas = [said.get(f"code_normalization_alpha_{a}") for a in ("sae", "cc")]
-    arrays = rescale(arrays, code_scale(arrays["decoder"], kind, *(d if a is None else float(a) for a, d in zip(alphas, (1.0, 0.1)))))
+    arrays = rescale(
+        arrays, code_scale(arrays["decoder"], kind, *(d if a is None else float(a) for a, d in zip(alphas, (1.0, 0.1))))
+    )
     scale, shift = tensors.get("activation_global_scale", torch.ones(m)).float(), tensors.get("activation_mean")
     normalized = shift is not None and not shift.isnan().any()
-    if normalized: arrays = {**arrays, **{k: arrays[k] * (scale / (scale + 1e-8)).view(-1, 1) for k in ("decoder", "decoder_bias")}}
+    if normalized:
+        arrays = {
+            **arrays,
+            **{k: arrays[k] * (scale / (scale + 1e-8)).view(-1, 1) for k in ("decoder", "decoder_bias")},
+        }
     known = {"exclusive": exclusive_of(tensors.get("_partition_config") or said, f, m), **known_of(settings)}
-    w = from_arrays(arrays, "batchtopk" if batchtopk else "relu", int(tensors.get("k", 0)), threshold if batchtopk else 0.,
-                    "scale" if normalized else "none", shift if normalized else None, 1 / scale if normalized else None, known)
-    notes = ["it does not say its code_normalization, so CROSSCODER is taken, as its authors do"] * ("code_normalization_id" not in tensors and "code_normalization" not in said)
-    notes += ["its batch top-k never learned a threshold, so every positive feature is kept, as its authors' encode does"] * ("k" in tensors and not batchtopk)
+    w = from_arrays(
+        arrays,
+        "batchtopk" if batchtopk else "relu",
+        int(tensors.get("k", 0)),
+        threshold if batchtopk else 0.0,
+        "scale" if normalized else "none",
+        shift if normalized else None,
+        1 / scale if normalized else None,
+        known,
+    )
+    notes = ["it does not say its code_normalization, so CROSSCODER is taken, as its authors do"] * (
+        "code_normalization_id" not in tensors and "code_normalization" not in said
+    )
+    notes += [
+        "its batch top-k never learned a threshold, so every positive feature is kept, as its authors' encode does"
+    ] * ("k" in tensors and not batchtopk)
     return replace(w, warning=f"{path.name}: {'; '.join(notes)}." if notes else "")
 
-def exclusive_of(said: dict, f: int, m: int) -> list: # features of each model alone, as the DFC's fork says it
+
+def exclusive_of(said: dict, f: int, m: int) -> list:  # features of each model alone, as the DFC's fork says it
     pct = [said.get(f"model_{a}_exclusive_pct", 0) for a in "ab"]
     return [int(f * p) for p in pct] if m == 2 else [0] * m
 
 # %% ../../nbs/model/14_foreign.ipynb #c8058628
-def write_dl(w, folder, model): # `ae.pt` and `config.json`
+def write_dl(w, folder, model):  # `ae.pt` and `config.json`
     need_one_width(w, "dictionary_learning")
     need(w.config["activation"] != "topk", "dictionary_learning", "ReLU and batch top-k features", "topk")
     need_trained(w, "dictionary_learning")
     f, c = fold(w), w.config
     m, d = len(c["d_in"]), c["d_in"][0]
     nan = torch.full((m, d), torch.nan)
-    state = {**emit(f, DL), "code_normalization_id": torch.tensor(CODE_NORMS.index("NONE")), "target_rms": torch.tensor(1.0),
-             "activation_mean": nan, "activation_std": nan.clone(), "activation_global_scale": torch.ones(m)}
+    state = {
+        **emit(f, DL),
+        "code_normalization_id": torch.tensor(CODE_NORMS.index("NONE")),
+        "target_rms": torch.tensor(1.0),
+        "activation_mean": nan,
+        "activation_std": nan.clone(),
+        "activation_global_scale": torch.ones(m),
+    }
     said = {"activation_dim": d, "dict_size": c["dict_size"], "num_layers": m, "code_normalization": "NONE"}
     if c["activation"] == "batchtopk":
         state |= {"k": torch.tensor(c["k"], dtype=torch.int), "threshold": w.state["threshold"].cpu()}
         said["k"] = c["k"]
     said["dict_class"] = "BatchTopKCrossCoder" if c["activation"] == "batchtopk" else "CrossCoder"
     write_tensors(folder / "ae.pt", state)
-    write_atomic(folder / "config.json", json.dumps({"trainer": {**said, "layer": w.info.get("layer")}, "crosscoder": ours(w)}, indent=2))
+    write_atomic(
+        folder / "config.json",
+        json.dumps({"trainer": {**said, "layer": w.info.get("layer")}, "crosscoder": ours(w)}, indent=2),
+    )
+
 
 FORMATS["dictionary_learning"] = Format(("encoder.weight", "decoder.weight"), ("config.json",), read_dl, write_dl)
 
 # %% ../../nbs/model/14_foreign.ipynb #559100dc
-def read_ckkissane(tensors, settings, path) -> Weights: # `cc_weights.pt` with `cfg.json`, or `0.pt` with `0_cfg.json`
+def read_ckkissane(tensors, settings, path) -> Weights:  # `cc_weights.pt` with `cfg.json`, or `0.pt` with `0_cfg.json`
     said = settings or {}
     arrays, known = parse(tensors, CARD, path, {"F": said.get("dict_size"), "d": said.get("d_in")}), known_of(settings)
-    if known.get("normalizer") == "folded": return from_arrays(arrays, "relu", known=known)
+    if known.get("normalizer") == "folded":
+        return from_arrays(arrays, "relu", known=known)
     how = "Its training scaled each model's activations by sqrt(d) over their mean norm and did not save that number"
     return replace(from_arrays(arrays, "relu", normalizer="norm"), warning=NO_STATISTICS.format(how=how))
 
-def write_ckkissane(w, folder, model): # in the names that its load_from_hf wants
+
+def write_ckkissane(w, folder, model):  # in the names that its load_from_hf wants
     need_one_width(w, "ckkissane", 2)
     need(w.config["activation"] == "relu", "ckkissane", "plain ReLU features", w.config["activation"])
     c = w.config
-    cfg = {"d_in": c["d_in"][0], "dict_size": c["dict_size"], "enc_dtype": "fp32", "dec_init_norm": 0.08, "seed": 0, "device": "cpu", "crosscoder": ours(w)}
+    cfg = {
+        "d_in": c["d_in"][0],
+        "dict_size": c["dict_size"],
+        "enc_dtype": "fp32",
+        "dec_init_norm": 0.08,
+        "seed": 0,
+        "device": "cpu",
+        "crosscoder": ours(w),
+    }
     write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
     write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
 
-FORMATS["ckkissane"] = Format(("W_enc", "b_enc", "W_dec", "b_dec"), ("cfg.json", "{stem}_cfg.json"), read_ckkissane, write_ckkissane)
+
+FORMATS["ckkissane"] = Format(
+    ("W_enc", "b_enc", "W_dec", "b_dec"), ("cfg.json", "{stem}_cfg.json"), read_ckkissane, write_ckkissane
+)
 
 # %% ../../nbs/model/14_foreign.ipynb #2b359418
-CROSSCODE = {"encoder": ("_W_enc_XiDiL", "M P d F"), "encoder_bias": ("b_enc_L", "F"), "decoder": ("_W_dec_LXoDo", "F M P d"), "decoder_bias": ("_b_dec_XoDo", "M P d")}
+CROSSCODE = {
+    "encoder": ("_W_enc_XiDiL", "M P d F"),
+    "encoder_bias": ("b_enc_L", "F"),
+    "decoder": ("_W_dec_LXoDo", "F M P d"),
+    "decoder_bias": ("_b_dec_XoDo", "M P d"),
+}
 JUMP = "AnthropicSTEJumpReLUActivation"
 
-def read_crosscode(tensors, settings, path) -> Weights: # `model.pt` and `model_cfg.yaml`
-    if settings is None: raise BadInput(f"{path.parent} has a {path.name} but no model_cfg.yaml, which names the activation function")
-    sizes = {"F": settings.get("n_latents"), "d": settings.get("d_model"), "M": settings.get("n_models"), "P": settings.get("n_hookpoints")}
+
+def read_crosscode(tensors, settings, path) -> Weights:  # `model.pt` and `model_cfg.yaml`
+    if settings is None:
+        raise BadInput(f"{path.parent} has a {path.name} but no model_cfg.yaml, which names the activation function")
+    sizes = {
+        "F": settings.get("n_latents"),
+        "d": settings.get("d_model"),
+        "M": settings.get("n_models"),
+        "P": settings.get("n_hookpoints"),
+    }
     arrays = parse(tensors, CROSSCODE, path, sizes, optional=("encoder_bias", "decoder_bias"))
     function, known = settings.get("activation_fn") or {}, known_of(settings)
     name, cfg, notes = function.get("classname"), function.get("cfg") or {}, []
-    made = {"ReLUActivation": ("relu", None), "TopkActivation": ("topk", cfg.get("k")), "BatchTopkActivation": ("batchtopk", cfg.get("k_per_example")),
-            JUMP: ("batchtopk", None), "JumpReLUActivationFunction": ("batchtopk", None)}
-    if name not in made: raise BadInput(f"{path.parent / 'model_cfg.yaml'} has the activation function {name!r}, expected one of {', '.join(made)}")
+    made = {
+        "ReLUActivation": ("relu", None),
+        "TopkActivation": ("topk", cfg.get("k")),
+        "BatchTopkActivation": ("batchtopk", cfg.get("k_per_example")),
+        JUMP: ("batchtopk", None),
+        "JumpReLUActivationFunction": ("batchtopk", None),
+    }
+    if name not in made:
+        raise BadInput(
+            f"{path.parent / 'model_cfg.yaml'} has the activation function {name!r}, expected one of {', '.join(made)}"
+        )
     activation, k = made[name]
-    threshold, logs = 0., tensors.get("_activation_fn.log_threshold_L")
+    threshold, logs = 0.0, tensors.get("_activation_fn.log_threshold_L")
     if made[name] == ("batchtopk", None):
-        if logs is None or logs.shape != arrays["encoder_bias"].shape: raise BadInput(f"{path} lacks the thresholds of its JumpReLU, one for each feature")
+        if logs is None or logs.shape != arrays["encoder_bias"].shape:
+            raise BadInput(f"{path} lacks the thresholds of its JumpReLU, one for each feature")
         each = logs.double().exp()
         threshold = each.median()
         if (each != threshold).any():
             arrays = rescale(arrays, (threshold / each).float())
-            notes.append("its JumpReLU has a threshold for each feature. Each feature is given in a unit in which all thresholds are the same: reconstructions and "
-                         "active features are its own, the values of features are not")
+            notes.append(
+                "its JumpReLU has a threshold for each feature. Each feature is given in a unit in which all thresholds are the same: reconstructions and "
+                "active features are its own, the values of features are not"
+            )
     folded = bool(tensors.get("is_folded", False))
     w = from_arrays(arrays, activation, k, threshold, "none" if folded else "norm", known=known)
-    if not folded: notes.append(NO_STATISTICS.format(how="Its training scaled activations by sqrt(d) over their mean norm"))
+    if not folded:
+        notes.append(NO_STATISTICS.format(how="Its training scaled activations by sqrt(d) over their mean norm"))
     return replace(w, warning=f"{path.name}: {' '.join(notes)}" if notes else "")
 
 # %% ../../nbs/model/14_foreign.ipynb #b9398d73
-def write_crosscode(w, folder, model): # `model.pt` and `model_cfg.yaml`
+def write_crosscode(w, folder, model):  # `model.pt` and `model_cfg.yaml`
     import yaml
 
     need_one_width(w, "crosscode")
     c, f, theta = w.config, fold(w), w.state["threshold"]
     m, size = len(c["d_in"]), c["dict_size"]
-    name, cfg = {"relu": ("ReLUActivation", {}), "topk": ("TopkActivation", {"k": c["k"]}), "batchtopk": ("BatchTopkActivation", {"k_per_example": c["k"]})}[c["activation"]]
-    state = {**emit(f, CROSSCODE), "folded_scaling_factors_in_Xi": torch.ones(m, 1), "folded_scaling_factors_out_Xo": torch.ones(m, 1), "is_folded": torch.tensor(True)}
+    name, cfg = {
+        "relu": ("ReLUActivation", {}),
+        "topk": ("TopkActivation", {"k": c["k"]}),
+        "batchtopk": ("BatchTopkActivation", {"k_per_example": c["k"]}),
+    }[c["activation"]]
+    state = {
+        **emit(f, CROSSCODE),
+        "folded_scaling_factors_in_Xi": torch.ones(m, 1),
+        "folded_scaling_factors_out_Xo": torch.ones(m, 1),
+        "is_folded": torch.tensor(True),
+    }
     if c["activation"] == "batchtopk" and theta > 0:
-        name, cfg, state["_activation_fn.log_threshold_L"] = JUMP, {"size": size, "bandwidth": 0.1}, theta.double().log().float().expand(size)
-    settings = {"n_models": m, "n_hookpoints": 1, "d_model": c["d_in"][0], "n_latents": size, "activation_fn": {"classname": name, "cfg": cfg},
-                "use_encoder_bias": True, "use_decoder_bias": True, "dtype": "float32", "crosscoder": json.loads(json.dumps(ours(w)))}
+        name, cfg, state["_activation_fn.log_threshold_L"] = (
+            JUMP,
+            {"size": size, "bandwidth": 0.1},
+            theta.double().log().float().expand(size),
+        )
+    settings = {
+        "n_models": m,
+        "n_hookpoints": 1,
+        "d_model": c["d_in"][0],
+        "n_latents": size,
+        "activation_fn": {"classname": name, "cfg": cfg},
+        "use_encoder_bias": True,
+        "use_decoder_bias": True,
+        "dtype": "float32",
+        "crosscoder": json.loads(json.dumps(ours(w))),
+    }
     write_tensors(folder / "model.pt", state)
     write_atomic(folder / "model_cfg.yaml", yaml.safe_dump(settings))
+
 
 FORMATS["crosscode"] = Format(("_W_enc_XiDiL", "_W_dec_LXoDo"), ("model_cfg.yaml",), read_crosscode, write_crosscode)
 
 # %% ../../nbs/model/14_foreign.ipynb #408d1c02
-LLAMA = {"encoder": ("W_E", "M d F"), "encoder_bias": ("b_E", "M F"), "decoder": ("W_D", "M F d"), "decoder_bias": ("b_D", "M d")}
+LLAMA = {
+    "encoder": ("W_E", "M d F"),
+    "encoder_bias": ("b_E", "M F"),
+    "decoder": ("W_D", "M F d"),
+    "decoder_bias": ("b_D", "M d"),
+}
 
-def read_llama(tensors, settings, path) -> Weights: # `sae_weights.safetensors` and `config.json`
-    if settings is None: raise BadInput(f"{path.parent} has a {path.name} but no config.json, which names the activation function and the scale")
+
+def read_llama(tensors, settings, path) -> Weights:  # `sae_weights.safetensors` and `config.json`
+    if settings is None:
+        raise BadInput(
+            f"{path.parent} has a {path.name} but no config.json, which names the activation function and the scale"
+        )
     hooks = settings.get("hook_points") or []
     arrays = parse(tensors, LLAMA, path, {"d": settings.get("d_model"), "M": len(hooks) or None})
     act, norm = settings.get("act_fn", "relu"), settings.get("norm_activation", "dataset-wise")
-    if act != "relu": raise BadInput(f"{path} selects features for each model by itself ({act}, on pre-activations times each model's decoder norm); "
-                                     "a crosscoder here selects them once for all models, which is the same only for relu")
+    if act != "relu":
+        raise BadInput(
+            f"{path} selects features for each model by itself ({act}, on pre-activations times each model's decoder norm); "
+            "a crosscoder here selects them once for all models, which is the same only for relu"
+        )
     if norm not in ("dataset-wise", "inference"):
-        raise BadInput(f"{path} scales every {norm.removesuffix('-wise')} by its own norm ({norm}), expected dataset-wise or inference: a crosscoder here has one scale a model")
+        raise BadInput(
+            f"{path} scales every {norm.removesuffix('-wise')} by its own norm ({norm}), expected dataset-wise or inference: a crosscoder here has one scale a model"
+        )
     known = known_of(settings)
-    if norm == "inference": return from_arrays(arrays, "relu", known=known)
+    if norm == "inference":
+        return from_arrays(arrays, "relu", known=known)
     means = [tensors.get(f"dataset_average_activation_norm.{h}") for h in hooks]
     if not means or any(t is None for t in means):
-        return replace(from_arrays(arrays, "relu", normalizer="norm"), warning=NO_STATISTICS.format(how="Its mean norms are not in the file"))
-    return from_arrays(arrays, "relu", normalizer="norm", scale=torch.stack(means).float() / arrays["encoder"].shape[2] ** 0.5, known=known)
+        return replace(
+            from_arrays(arrays, "relu", normalizer="norm"),
+            warning=NO_STATISTICS.format(how="Its mean norms are not in the file"),
+        )
+    return from_arrays(
+        arrays,
+        "relu",
+        normalizer="norm",
+        scale=torch.stack(means).float() / arrays["encoder"].shape[2] ** 0.5,
+        known=known,
+    )
 
 # %% ../../nbs/model/14_foreign.ipynb #fe89017d
-def write_llama(w, folder, model): # `sae_weights.safetensors` and `config.json`
+def write_llama(w, folder, model):  # `sae_weights.safetensors` and `config.json`
     need_one_width(w, "llamascopium")
-    need(w.config["activation"] == "relu", "llamascopium", "one code for all models with relu only", w.config["activation"])
+    need(
+        w.config["activation"] == "relu",
+        "llamascopium",
+        "one code for all models with relu only",
+        w.config["activation"],
+    )
     f, c = fold(w), w.config
     mute = (f.by_model("decoder").norm(dim=2) == 0).any(1).sum().item()
-    need(not mute, "llamascopium", "features that write to every model (it divides by their decoder norms)", f"{mute} that do not")
+    need(
+        not mute,
+        "llamascopium",
+        "features that write to every model (it divides by their decoder norms)",
+        f"{mute} that do not",
+    )
     m, d, size = len(c["d_in"]), c["d_in"][0], c["dict_size"]
     hooks = [f"model_{i}.blocks.{w.info.get('layer', 0)}.hook_resid_post" for i in range(m)]
-    state = emit(f, LLAMA) | {f"dataset_average_activation_norm.{h}": torch.tensor(d ** 0.5) for h in hooks}
-    factor = size / d if int(d * (size / d)) == size else (size + 0.5) / d  # the library gets the size back as int(d · factor)
-    settings = {"sae_type": "crosscoder", "d_model": d, "expansion_factor": factor, "act_fn": "relu", "norm_activation": "inference", "hook_points": hooks,
-                "sparsity_include_decoder_norm": True, "use_decoder_bias": True, "crosscoder": ours(w)}
+    state = emit(f, LLAMA) | {f"dataset_average_activation_norm.{h}": torch.tensor(d**0.5) for h in hooks}
+    factor = (
+        size / d if int(d * (size / d)) == size else (size + 0.5) / d
+    )  # the library gets the size back as int(d · factor)
+    settings = {
+        "sae_type": "crosscoder",
+        "d_model": d,
+        "expansion_factor": factor,
+        "act_fn": "relu",
+        "norm_activation": "inference",
+        "hook_points": hooks,
+        "sparsity_include_decoder_norm": True,
+        "use_decoder_bias": True,
+        "crosscoder": ours(w),
+    }
     write_tensors(folder / "sae_weights.safetensors", state)
     write_atomic(folder / "config.json", json.dumps(settings, indent=2))
+
 
 FORMATS["llamascopium"] = Format(("W_E", "b_E", "W_D", "b_D"), ("config.json",), read_llama, write_llama)
 
@@ -210,10 +366,12 @@ the crosscoder's normalizer ({kind}), so a feature that reads several models get
 crosscoder has it active. Use the crosscoder itself, with activations of all models, where feature values matter.
 Feature numbers are the crosscoder's. Features that belong to another model alone are zero."""
 
-def write_saelens(w, folder, model=0): # `sae_weights.safetensors`, `cfg.json`, `NOTE.txt`
+
+def write_saelens(w, folder, model=0):  # `sae_weights.safetensors`, `cfg.json`, `NOTE.txt`
     c, s = w.config, w.state
     n = len(c["d_in"])
-    if not 0 <= model < n: raise BadInput(f"model is {model}, and this crosscoder has {n}: 0 to {n - 1}")
+    if not 0 <= model < n:
+        raise BadInput(f"model is {model}, and this crosscoder has {n}: 0 to {n - 1}")
     need_trained(w, "saelens")
     ends = [sum(c["d_in"][:i]) for i in range(n + 1)]
     part = slice(ends[model], ends[model + 1])
@@ -221,59 +379,99 @@ def write_saelens(w, folder, model=0): # `sae_weights.safetensors`, `cfg.json`, 
     encoder, decoder = s["encoder"][:, part].double() / scale, s["decoder"][:, part].double() * scale
     bias = s["encoder_bias"].double() - encoder @ shift
     silent = (encoder == 0).all(1) & (decoder == 0).all(1)  # another model's own
-    state = {"W_enc": encoder.T, "b_enc": bias.masked_fill(silent, 0), "W_dec": decoder, "b_dec": s["decoder_bias"][part].double() * scale + shift}
+    state = {
+        "W_enc": encoder.T,
+        "b_enc": bias.masked_fill(silent, 0),
+        "W_dec": decoder,
+        "b_dec": s["decoder_bias"][part].double() * scale + shift,
+    }
     kind = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[c["activation"]]
-    if kind == "jumprelu": state["threshold"] = s["threshold"].expand(c["dict_size"])
+    if kind == "jumprelu":
+        state["threshold"] = s["threshold"].expand(c["dict_size"])
     note = NOTE.format(m=model, n=n, kind=c["normalizer"])
-    cfg = {"architecture": kind, "d_in": c["d_in"][model], "d_sae": c["dict_size"], "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False,
-           "normalize_activations": "none", "reshape_activations": "none", **({"k": c["k"], "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
-           "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, "note": note, "crosscoder": {**ours(w), "model": model}}}
+    cfg = {
+        "architecture": kind,
+        "d_in": c["d_in"][model],
+        "d_sae": c["dict_size"],
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **({"k": c["k"], "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "sae_lens_training_version": None,
+            "note": note,
+            "crosscoder": {**ours(w), "model": model},
+        },
+    }
     write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
     write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
     write_atomic(folder / "NOTE.txt", note + "\n")
 
+
 FORMATS["saelens"] = Format((), (), None, write_saelens)
 
 # %% ../../nbs/model/14_foreign.ipynb #a7161052
-def _causes(e): # an exception and what it was raised from
-    while e is not None: yield e; e = e.__cause__
+def _causes(e):  # an exception and what it was raised from
+    while e is not None:
+        yield e
+        e = e.__cause__
 
-def why(e,         # an exception of huggingface_hub
-        repo: str, # what was asked for
-        token=None # the one that was sent, if any
-       ) -> str:
+
+def why(
+    e,  # an exception of huggingface_hub
+    repo: str,  # what was asked for
+    token=None,  # the one that was sent, if any
+) -> str:
     "What went wrong between here and the hub, and what to do."
     from huggingface_hub import constants, errors
+
     status = next((x.response.status_code for x in _causes(e) if getattr(x, "response", None) is not None), None)
     said = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-    if status is None and any(type(x).__module__.startswith("httpx") or isinstance(x, ConnectionError) for x in _causes(e)):
+    if status is None and any(
+        type(x).__module__.startswith("httpx") or isinstance(x, ConnectionError) for x in _causes(e)
+    ):
         return f"the hub at {constants.ENDPOINT} could not be reached ({said}). Try again when there is a network"
-    if isinstance(e, errors.GatedRepoError): return f"{repo} is gated: ask for access at {constants.ENDPOINT}/{repo}, and log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(e, errors.HFValidationError): return f"{repo} cannot be the name of a repo: {said}"
-    if status == 401 and not token: return f"{repo} is not on the hub, or it is private and there is no token: log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(e, errors.GatedRepoError):
+        return f"{repo} is gated: ask for access at {constants.ENDPOINT}/{repo}, and log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(e, errors.HFValidationError):
+        return f"{repo} cannot be the name of a repo: {said}"
+    if status == 401 and not token:
+        return f"{repo} is not on the hub, or it is private and there is no token: log in with `hf auth login` or set HF_TOKEN"
     if status == 401 and not isinstance(e, errors.RepositoryNotFoundError):
         return f"the hub at {constants.ENDPOINT} does not accept the token: make another at {constants.ENDPOINT}/settings/tokens, and log in with `hf auth login` or set HF_TOKEN"
     if status == 403:
-        return (f"this token has no right to {repo}: the name belongs to somebody else, or the token is for reading only. "
-                "Choose a name under your own account, or a token with write permission")
-    if status in (401, 404): return f"{repo} is not on the hub, or it is private and the token's owner may not see it"
-    if any(isinstance(x, OSError) and x.errno == 28 for x in _causes(e)): return f"there is no room left on the disk for {repo}: make room, and run again"
-    if isinstance(e, ValueError) and "metadata" in str(e): return f"the hub does not accept the card of {repo}: {' '.join(str(e).split())}"
+        return (
+            f"this token has no right to {repo}: the name belongs to somebody else, or the token is for reading only. "
+            "Choose a name under your own account, or a token with write permission"
+        )
+    if status in (401, 404):
+        return f"{repo} is not on the hub, or it is private and the token's owner may not see it"
+    if any(isinstance(x, OSError) and x.errno == 28 for x in _causes(e)):
+        return f"there is no room left on the disk for {repo}: make room, and run again"
+    if isinstance(e, ValueError) and "metadata" in str(e):
+        return f"the hub does not accept the card of {repo}: {' '.join(str(e).split())}"
     return f"the hub at {constants.ENDPOINT} would not: {type(e).__name__}{f' (status {status})' if status else ''}: {said}"
 
 # %% ../../nbs/model/14_foreign.ipynb #0d343505
 SETTINGS_FILES = ("config.json", "cfg.json", "model_cfg.yaml")
 
-def fetch(repo: str # folder, or a repo on the hub such as "antebe1/cc-D16k-k90" or "owner/name/folder"
-         ) -> Path:
+
+def fetch(
+    repo: str,  # folder, or a repo on the hub such as "antebe1/cc-D16k-k90" or "owner/name/folder"
+) -> Path:
     "The folder with a published model, fetched if need be; no code is among what is fetched."
-    if Path(repo).exists(): return Path(repo)
+    if Path(repo).exists():
+        return Path(repo)
     from huggingface_hub import get_token, snapshot_download
 
     owner, name, *folders = (*str(repo).strip("/").split("/"), "")
     sub = "/".join(f for f in folders if f)
     wanted = [f"{sub}/{n}".lstrip("/") for n in (*WEIGHT_FILES, *SETTINGS_FILES)]
-    try: folder = snapshot_download(f"{owner}/{name}".rstrip("/"), allow_patterns=wanted)
-    except Exception as e: # network, no such repo, no access: one message
+    try:
+        folder = snapshot_download(f"{owner}/{name}".rstrip("/"), allow_patterns=wanted)
+    except Exception as e:  # network, no such repo, no access: one message
         raise BadInput(f"{why(e, str(repo), get_token())}. And there is no such folder here") from None
     return Path(folder, sub)

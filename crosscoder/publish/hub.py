@@ -8,160 +8,227 @@ __all__ = ['check_folder', 'write_folder', 'publish', 'sweep_runs', 'publish_swe
 # %% ../../nbs/publish/76_hub.ipynb #47aba620
 import hashlib
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 
 from ..basics import BadInput, printable, write_atomic
 from ..model.crosscoder import CrossCoder
 from ..model.foreign import why
-from .card import _finished, _json, _name_of, FILES, model_card
+from .card import FILES, _finished, _json, _name_of, model_card
 from ..sweep.effects import read_sweep
 
 # %% ../../nbs/publish/76_hub.ipynb #7b21aeb1
-def check_folder(folder # as `write_folder` leaves it
-                ) -> Path:
+def check_folder(
+    folder,  # as `write_folder` leaves it
+) -> Path:
     "The folder, if it holds all of `FILES`; else `BadInput` names those that are missing."
     folder = Path(folder)
     missing = [f for f in FILES if not (folder / f).is_file() or not (folder / f).stat().st_size]
-    if missing: raise BadInput(f"{folder} lacks {', '.join(missing)}: a published folder holds {', '.join(FILES)}. Write it again from its run, or fetch it again")
+    if missing:
+        raise BadInput(
+            f"{folder} lacks {', '.join(missing)}: a published folder holds {', '.join(FILES)}. Write it again from its run, or fetch it again"
+        )
     return folder
 
-def write_folder(run,       # folder of a finished run
-                 out,       # folder to write, made if it is not there
-                 repo: str, # owner/name on the hub
-                 **card     # what `model_card` takes: title, licence, author, collection
-                ) -> Path:
+
+def write_folder(
+    run,  # folder of a finished run
+    out,  # folder to write, made if it is not there
+    repo: str,  # owner/name on the hub
+    **card,  # what `model_card` takes: title, licence, author, collection
+) -> Path:
     "All files of a repo. A full disk, an unfinished run or one that the card's format cannot hold raise `BadInput`."
     run, out = Path(run), Path(out)
     cc, text = CrossCoder.load(_finished(run)), model_card(run, repo, **card)
-    cc.info["trained_at"] = datetime.fromtimestamp(int((run / "model.safetensors").stat().st_mtime), timezone.utc).isoformat()
-    try: cc.save(out, format="card")
-    except (OSError, RuntimeError) as e: # torch says RuntimeError of a full disk
-        raise BadInput(f"{out} could not be written: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}. Make room or choose another folder, and run again") from None
+    cc.info["trained_at"] = datetime.fromtimestamp(int((run / "model.safetensors").stat().st_mtime), UTC).isoformat()
+    try:
+        cc.save(out, format="card")
+    except (OSError, RuntimeError) as e:  # torch says RuntimeError of a full disk
+        raise BadInput(
+            f"{out} could not be written: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}. Make room or choose another folder, and run again"
+        ) from None
     write_atomic(out / "model.safetensors", cc.to_bytes())
     write_atomic(out / "README.md", text)
     return check_folder(out)
 
 # %% ../../nbs/publish/76_hub.ipynb #02ddbd2b
 @contextmanager
-def _explained(repo, token): # errors of the hub as BadInput
-    try: yield
-    except (BadInput, KeyboardInterrupt): raise
-    except Exception as e: raise BadInput(why(e, repo, token)) from None # noqa: BLE001 - huggingface_hub, httpx and the file system have a dozen kinds
+def _explained(repo, token):  # errors of the hub as BadInput
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt):
+        raise
+    except Exception as e:
+        raise BadInput(why(e, repo, token)) from None  # noqa: BLE001 - huggingface_hub, httpx and the file system have a dozen kinds
 
 # %% ../../nbs/publish/76_hub.ipynb #48b34bea
 @contextmanager
-def _transfer(api, repo): # Xet where the server has it, else git-lfs
+def _transfer(api, repo):  # Xet where the server has it, else git-lfs
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session
-    answer = get_session().get(f"{api.endpoint}/api/models/{repo}/xet-write-token/main", headers=build_hf_headers(token=api.token))
+
+    answer = get_session().get(
+        f"{api.endpoint}/api/models/{repo}/xet-write-token/main", headers=build_hf_headers(token=api.token)
+    )
     before = constants.HF_HUB_DISABLE_XET
     constants.HF_HUB_DISABLE_XET = before or constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT not in answer.headers
-    try: yield
-    finally: constants.HF_HUB_DISABLE_XET = before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
-def _digests(path): # size, sha256 of the file, and the name that git has for it
+
+def _digests(path):  # size, sha256 of the file, and the name that git has for it
     sha, git, size = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size), 0
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20): sha.update(chunk), git.update(chunk); size += len(chunk)
+        while chunk := f.read(1 << 20):
+            sha.update(chunk), git.update(chunk)
+            size += len(chunk)
     return size, sha.hexdigest(), git.hexdigest()
 
-def _verify(api, repo, folder): # BadInput unless the hub has what the folder has
+
+def _verify(api, repo, folder):  # BadInput unless the hub has what the folder has
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
     for name in FILES:
         there = get_hf_file_metadata(hf_hub_url(repo, name, endpoint=api.endpoint), token=api.token)
         size, *here = _digests(folder / name)
         if there.size != size or there.etag not in here:
-            raise BadInput(f"{name} arrived damaged in {repo}: {there.size:,} bytes with the checksum {there.etag}, sent were {size:,} with {here[0]}. Run the same command again")
+            raise BadInput(
+                f"{name} arrived damaged in {repo}: {there.size:,} bytes with the checksum {there.etag}, sent were {size:,} with {here[0]}. Run the same command again"
+            )
 
 # %% ../../nbs/publish/76_hub.ipynb #5e8121d7
-def _plan(folder, repo, private): # what would be done, in words
+def _plan(folder, repo, private):  # what would be done, in words
     sizes = [(name, (folder / name).stat().st_size) for name in FILES]
     owner = "" if "/" in repo else " (under the name that your token belongs to)"
     local = [m for m in (_json(folder / "hparams.json") or {}).values() if isinstance(m, str) and Path(m).is_absolute()]
-    return "\n".join([f"card: {folder / 'README.md'}", *(f"  {size:>13,} bytes  {name}" for name, size in sizes),
-                      f"would create the {'private' if private else 'public'} repo {repo}{owner} and upload {len(sizes)} files, "
-                      f"{sum(s for _, s in sizes) / 1e6:,.1f} MB. Nothing was sent",
-                      *(f"mind that the card names a folder of this machine: {printable(m)}" for m in local)])
+    return "\n".join(
+        [
+            f"card: {folder / 'README.md'}",
+            *(f"  {size:>13,} bytes  {name}" for name, size in sizes),
+            f"would create the {'private' if private else 'public'} repo {repo}{owner} and upload {len(sizes)} files, "
+            f"{sum(s for _, s in sizes) / 1e6:,.1f} MB. Nothing was sent",
+            *(f"mind that the card names a folder of this machine: {printable(m)}" for m in local),
+        ]
+    )
 
-def _signed_in(token, repo): # -> the token, and the repo with its owner
+
+def _signed_in(token, repo):  # -> the token, and the repo with its owner
     from huggingface_hub import HfApi, get_token
-    token = token or get_token()
-    if not token: raise BadInput(f"there is no token to publish {repo} with: log in with `hf auth login` or set HF_TOKEN")
-    if "/" in repo: return token, repo
-    with _explained(repo, token): return token, f"{HfApi().whoami(token)['name']}/{repo}"
 
-def _send(folder, repo, private, token): # create, upload, compare -> address
+    token = token or get_token()
+    if not token:
+        raise BadInput(f"there is no token to publish {repo} with: log in with `hf auth login` or set HF_TOKEN")
+    if "/" in repo:
+        return token, repo
+    with _explained(repo, token):
+        return token, f"{HfApi().whoami(token)['name']}/{repo}"
+
+
+def _send(folder, repo, private, token):  # create, upload, compare -> address
     from huggingface_hub import HfApi
+
     api = HfApi(token=token)
     with _explained(repo, token):
         url = api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(repo).private: raise BadInput(f"{repo} is there already and it is public: make it private in its settings first, or choose another name")
-        with _transfer(api, repo): api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload with crosscoder")
+        if private and not api.repo_info(repo).private:
+            raise BadInput(
+                f"{repo} is there already and it is public: make it private in its settings first, or choose another name"
+            )
+        with _transfer(api, repo):
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload with crosscoder"
+            )
         _verify(api, repo, folder)
     return str(url)
 
 # %% ../../nbs/publish/76_hub.ipynb #d2f6d574
-def publish(run,             # folder of a finished run, or one that `write_folder` wrote
-            repo: str,       # owner/name on the hub, or a name under your own account
-            private=False,   # who may see it
-            dry_run=False,   # write the folder, say what would be done, ask nothing of the network
-            token=None,      # by default the one you are logged in with
-            **card           # what `model_card` takes: title, licence, author, collection
-           ) -> str: # address of the repo; what would be done if it is a dry run
+def publish(
+    run,  # folder of a finished run, or one that `write_folder` wrote
+    repo: str,  # owner/name on the hub, or a name under your own account
+    private=False,  # who may see it
+    dry_run=False,  # write the folder, say what would be done, ask nothing of the network
+    token=None,  # by default the one you are logged in with
+    **card,  # what `model_card` takes: title, licence, author, collection
+) -> str:  # address of the repo; what would be done if it is a dry run
     "Write a run's folder as `run/hub`, upload it and compare what arrived. Raises `BadInput`; run again, it goes on."
     run = Path(run)
     _name_of(repo)
     card = {k: v for k, v in card.items() if v is not None}
-    ready = (run / "dfc.py").exists() or (run / "model.pt").exists() # no run, a folder to publish as it is
+    ready = (run / "dfc.py").exists() or (run / "model.pt").exists()  # no run, a folder to publish as it is
     if ready:
         if card:
-            raise BadInput(f"{run} is written already, with a card of its own: put {', '.join(card)} into its README.md, or publish the run it is from")
+            raise BadInput(
+                f"{run} is written already, with a card of its own: put {', '.join(card)} into its README.md, or publish the run it is from"
+            )
         check_folder(run)
-    else: _finished(run)
-    if not dry_run: token, repo = _signed_in(token, repo)
+    else:
+        _finished(run)
+    if not dry_run:
+        token, repo = _signed_in(token, repo)
     folder = run if ready else write_folder(run, run / "hub", repo, **card)
     return _plan(folder, repo, private) if dry_run else _send(folder, repo, private, token)
 
 # %% ../../nbs/publish/76_hub.ipynb #3ff2a491
-def sweep_runs(folder # of a sweep
-              ) -> tuple: # folders of the runs that are done; name -> why it is left out
+def sweep_runs(
+    folder,  # of a sweep
+) -> tuple:  # folders of the runs that are done; name -> why it is left out
     "The runs of a sweep, and those that cannot be published."
     folder, done, left = Path(folder), [], {}
     read_sweep(folder)
     for run in sorted(p for p in (folder / "runs").glob("*") if p.is_dir()):
-        if (run / "error.txt").exists(): left[run.name] = "failed: " + ((run / "error.txt").read_text().strip().splitlines() or [""])[0]
-        elif not all((run / name).exists() for name in ("model.safetensors", "evaluation.json", "features.parquet")): left[run.name] = "not finished"
-        else: done.append(run)
+        if (run / "error.txt").exists():
+            left[run.name] = "failed: " + ((run / "error.txt").read_text().strip().splitlines() or [""])[0]
+        elif not all((run / name).exists() for name in ("model.safetensors", "evaluation.json", "features.parquet")):
+            left[run.name] = "not finished"
+        else:
+            done.append(run)
     for name in read_sweep(folder)[1]:
-        if not (folder / "runs" / name).is_dir(): left[name] = "not begun"
-    if not done: raise BadInput(f"{folder} has no finished run to publish: {'; '.join(f'{k} {v}' for k, v in left.items()) or 'it has no runs'}")
+        if not (folder / "runs" / name).is_dir():
+            left[name] = "not begun"
+    if not done:
+        raise BadInput(
+            f"{folder} has no finished run to publish: {'; '.join(f'{k} {v}' for k, v in left.items()) or 'it has no runs'}"
+        )
     return done, left
 
-def publish_sweep(folder,         # of a sweep
-                  namespace: str, # your account or an organization of yours
-                  private=False,  # who may see it
-                  dry_run=False,  # write the folders, say what would be done, ask nothing of the network
-                  token=None,     # by default the one you are logged in with
-                  title=None,     # of the collection; the folder's name if left out
-                  **card          # what `model_card` takes: licence, author
-                 ) -> str: # address of the collection; what would be done if it is a dry run
+
+def publish_sweep(
+    folder,  # of a sweep
+    namespace: str,  # your account or an organization of yours
+    private=False,  # who may see it
+    dry_run=False,  # write the folders, say what would be done, ask nothing of the network
+    token=None,  # by default the one you are logged in with
+    title=None,  # of the collection; the folder's name if left out
+    **card,  # what `model_card` takes: licence, author
+) -> str:  # address of the collection; what would be done if it is a dry run
     "Publish the finished runs of a sweep as repos and list them in a collection. Raises `BadInput`; run again, it goes on."
     from huggingface_hub import HfApi
+
     folder, title = Path(folder), title or Path(folder).resolve().name
     if "/" in namespace:
-        raise BadInput(f"a sweep is published under an account, each run by its own name: expected the account alone, as {namespace.split('/')[0]}, found {namespace}")
+        raise BadInput(
+            f"a sweep is published under an account, each run by its own name: expected the account alone, as {namespace.split('/')[0]}, found {namespace}"
+        )
     done, left = sweep_runs(folder)
-    for run in done: _name_of(f"{namespace}/{run.name}")
-    for name, reason in left.items(): print(f"left out: {printable(name)}, {printable(reason)}")
+    for run in done:
+        _name_of(f"{namespace}/{run.name}")
+    for name, reason in left.items():
+        print(f"left out: {printable(name)}, {printable(reason)}")
     if dry_run:
         plans = [publish(run, f"{namespace}/{run.name}", private, True, **card) for run in done]
         return "\n".join([*plans, f"would list {len(done)} repos in the collection {title!r} of {namespace}"])
     token, _ = _signed_in(token, f"{namespace}/{done[0].name}")
     api = HfApi(token=token)
-    with _explained(f"the collection {title!r} of {namespace}", token): collection = api.create_collection(title, namespace=namespace, private=private, exists_ok=True)
+    with _explained(f"the collection {title!r} of {namespace}", token):
+        collection = api.create_collection(title, namespace=namespace, private=private, exists_ok=True)
     for i, run in enumerate(done, 1):
         repo = f"{namespace}/{run.name}"
-        print(f"{i} of {len(done)}: {publish(run, repo, private, token=token, collection=collection.url, **card)}", flush=True)
-        with _explained(repo, token): api.add_collection_item(collection.slug, repo, "model", exists_ok=True)
+        print(
+            f"{i} of {len(done)}: {publish(run, repo, private, token=token, collection=collection.url, **card)}",
+            flush=True,
+        )
+        with _explained(repo, token):
+            api.add_collection_item(collection.slug, repo, "model", exists_ok=True)
     return collection.url

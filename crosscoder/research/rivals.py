@@ -33,38 +33,43 @@ from ..training.step import Trainer
 @dataclass(frozen=True)
 class BenchConfig:
     "Sizes of one measurement. The defaults are the published card's."
-    batch: int = 1024        # activations in a step
-    d: int = 2048            # width of each of the two models
-    dict_size: int = 16384   # features
-    k: int = 90              # active features per activation
-    lr: float = 1e-4         # learning rate of Adam
-    l1: float = 1e-3         # weight of the L1
-    clip: float = 1.0        # largest norm of the gradient
-    repeats: int = 6         # measurements of each kind; of steps, two rounds of half as many in a row
-    device: str = "cpu"      # or cuda
-    seed: int = 0            # of weights and data
-    small: bool = False      # the other measurements short as well
-    progress: bool = True    # show bars where it takes over two seconds
+
+    batch: int = 1024  # activations in a step
+    d: int = 2048  # width of each of the two models
+    dict_size: int = 16384  # features
+    k: int = 90  # active features per activation
+    lr: float = 1e-4  # learning rate of Adam
+    l1: float = 1e-3  # weight of the L1
+    clip: float = 1.0  # largest norm of the gradient
+    repeats: int = 6  # measurements of each kind; of steps, two rounds of half as many in a row
+    device: str = "cpu"  # or cuda
+    seed: int = 0  # of weights and data
+    small: bool = False  # the other measurements short as well
+    progress: bool = True  # show bars where it takes over two seconds
 
     @classmethod
-    def quick(cls, **changes): # sizes at which everything takes about a minute; the figures say little
+    def quick(cls, **changes):  # sizes at which everything takes about a minute; the figures say little
         "A small configuration for trying the command out."
         return cls(**{"batch": 128, "d": 128, "dict_size": 1024, "k": 16, "small": True, **changes})
 
     @property
-    def flat(self): return 2 * self.d # both models side by side
+    def flat(self):
+        return 2 * self.d  # both models side by side
+
     @property
-    def weights(self): return 2 * self.dict_size * self.flat + self.dict_size + self.flat # numbers that are trained
+    def weights(self):
+        return 2 * self.dict_size * self.flat + self.dict_size + self.flat  # numbers that are trained
 
 # %% ../../nbs/research/90_rivals.ipynb #57861a60
-def noise(cfg: BenchConfig): # -> (batch, 2, d) float32
+def noise(cfg: BenchConfig):  # -> (batch, 2, d) float32
     "One raw batch of normal noise."
     return torch.randn(cfg.batch, 2, cfg.d, generator=torch.Generator().manual_seed(cfg.seed)).to(cfg.device)
 
 # %% ../../nbs/research/90_rivals.ipynb #17ab9183
-def timed(f,           # a call
-          device="cpu" # where it computes
-         ) -> float:   # milliseconds a call
+def timed(
+    f,  # a call
+    device="cpu",  # where it computes
+) -> float:  # milliseconds a call
     "How long `f()` takes; on a GPU the mean over twenty calls in a row."
     if torch.device(device).type != "cuda":
         start = time.perf_counter()
@@ -73,48 +78,56 @@ def timed(f,           # a call
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    for _ in range(20): f()
+    for _ in range(20):
+        f()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 20
 
 # %% ../../nbs/research/90_rivals.ipynb #e4cb273d
-def measure(fns: dict,         # name -> call
-            repeats: int = 5,  # rounds that count
-            warmup: int = 1,   # rounds before that
-            at_a_time: int = 1, # calls in a row that count; if more than one, there is one before them that does not
-            ours: str | None = None, # name that the ratios are to
-            device="cpu",      # where the calls compute
-            progress: bool = True    # show a bar where it takes over two seconds
-           ) -> pd.DataFrame:  # by name: median, min, max, n and times in milliseconds; ratio, the median of the rounds' ratios
+def measure(
+    fns: dict,  # name -> call
+    repeats: int = 5,  # rounds that count
+    warmup: int = 1,  # rounds before that
+    at_a_time: int = 1,  # calls in a row that count; if more than one, there is one before them that does not
+    ours: str | None = None,  # name that the ratios are to
+    device="cpu",  # where the calls compute
+    progress: bool = True,  # show a bar where it takes over two seconds
+) -> pd.DataFrame:  # by name: median, min, max, n and times in milliseconds; ratio, the median of the rounds' ratios
     "Interleaved timings of several calls: A B C, A B C, …"
     times, notes = {name: [] for name in fns}, []
     with tqdm(total=(repeats + warmup) * len(fns), desc="timing", delay=2, leave=False, disable=not progress) as bar:
         for i in range(repeats + warmup):
             for name in [n for n in fns if times[n] is not None]:
                 try:
-                    if at_a_time > 1: fns[name]()
+                    if at_a_time > 1:
+                        fns[name]()
                     t = [timed(fns[name], device) for _ in range(at_a_time)]
-                except Exception as e: times[name], _ = None, notes.append(failed(name, e))
-                else: times[name] += t if i >= warmup else []
+                except Exception as e:
+                    times[name], _ = None, notes.append(failed(name, e))
+                else:
+                    times[name] += t if i >= warmup else []
                 bar.update()
     return as_table(times, ours, notes)
 
-def as_table(times: dict, ours, notes): # name -> list of milliseconds, or None; as for `measure`
+
+def as_table(times: dict, ours, notes):  # name -> list of milliseconds, or None; as for `measure`
     "What was measured, a row a name."
     rows = {name: pd.Series(t or [], dtype=float) for name, t in times.items()}
     table = pd.DataFrame({key: {n: getattr(t, key)() for n, t in rows.items()} for key in ("median", "min", "max")})
     table["n"], table["times"] = [len(t) for t in rows.values()], [list(t) for t in rows.values()]
-    if ours in rows: # round by round, as both were measured in the same ones
+    if ours in rows:  # round by round, as both were measured in the same ones
         table["ratios"] = [list(t / rows[ours]) if len(t) == len(rows[ours]) else [] for t in rows.values()]
         table.insert(4, "ratio", [pd.Series(found, dtype=float).median() for found in table.ratios])
     return noted(table, notes)
 
-def failed(name, e): # what an exception says, in a line
+
+def failed(name, e):  # what an exception says, in a line
     "A note about something that raised."
     return f"{name} failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
 
-def noted(table, notes): # the table
+
+def noted(table, notes):  # the table
     "What a reader has to know travels with the table."
     table.attrs["notes"] = list(notes)
     return table
@@ -122,9 +135,13 @@ def noted(table, notes): # the table
 # %% ../../nbs/research/90_rivals.ipynb #2ffa0492
 class DenseCard:
     "The card's model and loop in plain PyTorch: dense products, autograd, Adam, metrics from a second look at the batch."
-    def __init__(self, cfg: BenchConfig,
-                 start: CrossCoder | None = None, # weights to start from; random ones if left out
-                 dtype=torch.float32):
+
+    def __init__(
+        self,
+        cfg: BenchConfig,
+        start: CrossCoder | None = None,  # weights to start from; random ones if left out
+        dtype=torch.float32,
+    ):
         start = start or CrossCoder((cfg.d, cfg.d), cfg.dict_size, cfg.k, activation="topk", seed=cfg.seed)
         self.cfg, self.model = cfg, DFCCrossCoder(cfg.d, cfg.dict_size, cfg.k, start.n_a, start.n_b)
         weights = {name: getattr(start, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -132,62 +149,91 @@ class DenseCard:
         self.model.to(cfg.device, dtype)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr)
 
-    def loss(self, x): # (n, 2, d) -> scalar
+    def loss(self, x):  # (n, 2, d) -> scalar
         recon, features = self.model(x)
         return (recon - x).square().mean() + self.cfg.l1 * features.mean()
 
-    def step(self, x): # -> metrics
+    def step(self, x):  # -> metrics
         loss = self.loss(x)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad(): stats = self.model.feature_stats(self.model.encode(x))
+        with torch.no_grad():
+            stats = self.model.feature_stats(self.model.encode(x))
         return {"loss": loss.item(), **stats}
 
 # %% ../../nbs/research/90_rivals.ipynb #cc56fe54
 class NotInstalled(ImportError):
     "A rival that is not there; the message holds the command that installs it."
 
-def require(module, how): # import something that this package does not depend on
+
+def require(module, how):  # import something that this package does not depend on
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"): return importlib.import_module(module)
-    except ImportError as e: raise NotInstalled(f"not installed ({e}); to have it: {how}") from None
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            return importlib.import_module(module)
+    except ImportError as e:
+        raise NotInstalled(f"not installed ({e}); to have it: {how}") from None
+
 
 SPEED = "pip install 'crosscoder[speed]'"
 
+
 class SAELens:
     "SAELens: its TopK autoencoder and its trainer's own step."
+
     def __init__(self, cfg: BenchConfig, sparse: bool = False, autocast: bool = False):
-        topk, trainer, config = (require(f"sae_lens.{m}", SPEED) for m in ("saes.topk_sae", "training.sae_trainer", "config"))
+        topk, trainer, config = (
+            require(f"sae_lens.{m}", SPEED) for m in ("saes.topk_sae", "training.sae_trainer", "config")
+        )
         torch.manual_seed(cfg.seed)
-        sae = topk.TopKTrainingSAE(topk.TopKTrainingSAEConfig(d_in=cfg.flat, d_sae=cfg.dict_size, k=cfg.k, device=cfg.device,
-                                                              use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse))
-        settings = config.SAETrainerConfig(total_training_samples=9000 * cfg.batch, train_batch_size_samples=cfg.batch,
-                                           lr=cfg.lr, lr_end=cfg.lr, device=cfg.device, autocast=autocast)
+        sae = topk.TopKTrainingSAE(
+            topk.TopKTrainingSAEConfig(
+                d_in=cfg.flat,
+                d_sae=cfg.dict_size,
+                k=cfg.k,
+                device=cfg.device,
+                use_sparse_activations=sparse,
+                rescale_acts_by_decoder_norm=not sparse,
+            )
+        )
+        settings = config.SAETrainerConfig(
+            total_training_samples=9000 * cfg.batch,
+            train_batch_size_samples=cfg.batch,
+            lr=cfg.lr,
+            lr_end=cfg.lr,
+            device=cfg.device,
+            autocast=autocast,
+        )
         self.trainer = trainer.SAETrainer(settings, sae, iter(()))
 
-    def step(self, x): # -> metrics
-        with warnings.catch_warnings(action="ignore"): out = self.trainer.step(x.flatten(1))
+    def step(self, x):  # -> metrics
+        with warnings.catch_warnings(action="ignore"):
+            out = self.trainer.step(x.flatten(1))
         self.trainer.n_training_steps += 1
         return {"loss": out.loss.item()}
 
 # %% ../../nbs/research/90_rivals.ipynb #8c0fc4f5
 class Sparsify:
     "EleutherAI's sparsify: its `SparseCoder`, the lines of its trainer's step, Adam."
+
     def __init__(self, cfg: BenchConfig, autocast: bool):
-        if torch.device(cfg.device).type == "cpu": os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+        if torch.device(cfg.device).type == "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
         sparsify = require("sparsify", SPEED)
         torch.manual_seed(cfg.seed)
-        self.coder = sparsify.SparseCoder(cfg.flat, sparsify.SparseCoderConfig(num_latents=cfg.dict_size, k=cfg.k), cfg.device)
+        self.coder = sparsify.SparseCoder(
+            cfg.flat, sparsify.SparseCoderConfig(num_latents=cfg.dict_size, k=cfg.k), cfg.device
+        )
         self.autocast = partial(torch.autocast, torch.device(cfg.device).type, torch.bfloat16, enabled=autocast)
         self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=cfg.lr)
         self.silent = torch.zeros(cfg.dict_size, dtype=torch.long, device=cfg.device)
 
-    def step(self, x): # -> metrics
+    def step(self, x):  # -> metrics
         x, coder = x.flatten(1), self.coder
         coder.set_decoder_norm_to_unit_norm()
-        with self.autocast(): out = coder(x)
+        with self.autocast():
+            out = coder(x)
         out.fvu.backward()
         fvu = out.fvu.item()
         coder.remove_gradient_parallel_to_decoder_directions()
@@ -200,81 +246,120 @@ class Sparsify:
 # %% ../../nbs/research/90_rivals.ipynb #3cfc127f
 class DictionaryLearning:
     "dictionary_learning: its TopK trainer's `update`, decoder norms and clipping included."
+
     def __init__(self, cfg: BenchConfig):
         how = "pip install --no-deps dictionary-learning nnsight==0.3.7 && pip install 'python-socketio[client]' diffusers einops"
         top_k = require("dictionary_learning.trainers.top_k", how)
-        self.steps, self.trainer = 0, top_k.TopKTrainer(steps=9000, activation_dim=cfg.flat, dict_size=cfg.dict_size, k=cfg.k, lr=cfg.lr,
-                                                        warmup_steps=0, layer=0, lm_name="", device=cfg.device, seed=cfg.seed)
+        self.steps, self.trainer = (
+            0,
+            top_k.TopKTrainer(
+                steps=9000,
+                activation_dim=cfg.flat,
+                dict_size=cfg.dict_size,
+                k=cfg.k,
+                lr=cfg.lr,
+                warmup_steps=0,
+                layer=0,
+                lm_name="",
+                device=cfg.device,
+                seed=cfg.seed,
+            ),
+        )
 
-    def step(self, x): # -> metrics
+    def step(self, x):  # -> metrics
         loss = self.trainer.update(self.steps, x.flatten(1))
         self.steps += 1
         return {"loss": loss}
 
 # %% ../../nbs/research/90_rivals.ipynb #514a000d
-def recipe(cfg, precision, **changes): # TrainConfig
+def recipe(cfg, precision, **changes):  # TrainConfig
     "The card's settings at the sizes of `cfg`."
-    return TrainConfig.card(batch_size=cfg.batch, lr=cfg.lr, clip=cfg.clip, sparsity_coef=cfg.l1, precision=precision, **changes)
+    return TrainConfig.card(
+        batch_size=cfg.batch, lr=cfg.lr, clip=cfg.clip, sparsity_coef=cfg.l1, precision=precision, **changes
+    )
+
 
 class Ours:
     "`Trainer.step` with the card's settings, or changed ones."
-    def __init__(self, cfg: BenchConfig,
-                 precision: str = "bf16",   # of the encoder's product
-                 activation: str = "topk",
-                 exclusive=None,            # fractions of features for each model alone
-                 dead: float = 0.0,         # share of the features that counts as dead at every step
-                 **changes):                # other settings of `TrainConfig`
-        self.cc = CrossCoder((cfg.d, cfg.d), cfg.dict_size, cfg.k, exclusive, activation, "zscore", cfg.seed).to(cfg.device)
+
+    def __init__(
+        self,
+        cfg: BenchConfig,
+        precision: str = "bf16",  # of the encoder's product
+        activation: str = "topk",
+        exclusive=None,  # fractions of features for each model alone
+        dead: float = 0.0,  # share of the features that counts as dead at every step
+        **changes,
+    ):  # other settings of `TrainConfig`
+        self.cc = CrossCoder((cfg.d, cfg.d), cfg.dict_size, cfg.k, exclusive, activation, "zscore", cfg.seed).to(
+            cfg.device
+        )
         self.cc.fit_normalizer(noise(cfg))
         config = recipe(cfg, precision, dead_after=10**12, **changes)
         self.trainer, self.n_dead = Trainer(self.cc, config), int(dead * cfg.dict_size)
 
-    def step(self, x): # -> metrics
-        if self.n_dead: self.trainer.silent[:self.n_dead] = 10**12
+    def step(self, x):  # -> metrics
+        if self.n_dead:
+            self.trainer.silent[: self.n_dead] = 10**12
         return self.trainer.step(x)
 
 # %% ../../nbs/research/90_rivals.ipynb #6df16060
-def rivals() -> dict: # name -> factory: `BenchConfig` to an object with `step(x)`
+def rivals() -> dict:  # name -> factory: `BenchConfig` to an object with `step(x)`
     "Everybody whose step is measured, ours last."
-    return {"dense card": DenseCard, "dictionary_learning": DictionaryLearning,
-            "SAELens": SAELens, "SAELens bf16": partial(SAELens, autocast=True), "SAELens sparse": partial(SAELens, sparse=True),
-            "sparsify fp32": partial(Sparsify, autocast=False), "sparsify bf16": partial(Sparsify, autocast=True),
-            "crosscoder fp32": partial(Ours, precision="fp32"), "crosscoder bf16": partial(Ours, precision="bf16")}
+    return {
+        "dense card": DenseCard,
+        "dictionary_learning": DictionaryLearning,
+        "SAELens": SAELens,
+        "SAELens bf16": partial(SAELens, autocast=True),
+        "SAELens sparse": partial(SAELens, sparse=True),
+        "sparsify fp32": partial(Sparsify, autocast=False),
+        "sparsify bf16": partial(Sparsify, autocast=True),
+        "crosscoder fp32": partial(Ours, precision="fp32"),
+        "crosscoder bf16": partial(Ours, precision="bf16"),
+    }
+
 
 OURS = "crosscoder bf16"
 
 # %% ../../nbs/research/90_rivals.ipynb #6c9fd376
-def build(factories: dict,  # name -> factory
-          cfg: BenchConfig,
-          x                 # raw batch
-         ): # name -> call; why the others are missing
+def build(
+    factories: dict,  # name -> factory
+    cfg: BenchConfig,
+    x,  # raw batch
+):  # name -> call; why the others are missing
     "One trainer of each kind, bound to the batch."
     fns, notes = {}, []
     for name, factory in factories.items():
-        try: fns[name] = partial(factory(cfg).step, x)
-        except NotInstalled as e: notes.append(f"{name}: {e}")
-        except Exception as e: notes.append(failed(name, e))
+        try:
+            fns[name] = partial(factory(cfg).step, x)
+        except NotInstalled as e:
+            notes.append(f"{name}: {e}")
+        except Exception as e:
+            notes.append(failed(name, e))
     return fns, notes
 
-def free_memory(device): # bytes
+
+def free_memory(device):  # bytes
     "Memory that nobody uses."
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     return 1024 * int(info.read_text().split("MemAvailable:")[1].split()[0]) if info.exists() else 16 * 2**30
 
 # %% ../../nbs/research/90_rivals.ipynb #fdee2c78
-def race(factories: dict,    # name -> factory
-         cfg: BenchConfig,
-         ours: str,          # name of the one that all are compared with
-         x=None              # raw batch; noise if left out
-        ) -> pd.DataFrame:   # as from `measure`
+def race(
+    factories: dict,  # name -> factory
+    cfg: BenchConfig,
+    ours: str,  # name of the one that all are compared with
+    x=None,  # raw batch; noise if left out
+) -> pd.DataFrame:  # as from `measure`
     "Time one step of each, interleaved, in groups that fit into memory."
     x = noise(cfg) if x is None else x
     others = [name for name in factories if name != ours]
     fit = max(1, int(free_memory(cfg.device) / 2 / (16 * cfg.weights)) - 1)
     tables, notes = [], []
     for i in range(0, max(len(others), 1), fit):
-        fns, missing = build({n: factories[n] for n in (*others[i:i + fit], ours)}, cfg, x)
+        fns, missing = build({n: factories[n] for n in (*others[i : i + fit], ours)}, cfg, x)
         tables.append(measure(fns, 2, 0, -(-cfg.repeats // 2), ours=ours, device=cfg.device, progress=cfg.progress))
         notes += [*missing, *tables[-1].attrs["notes"]]
         del fns

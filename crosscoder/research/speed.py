@@ -35,9 +35,9 @@ from ..data.store import ActivationStore
 from ..model.crosscoder import CrossCoder
 from ..model.sparse import Codes, dots, select_topk, sum_by_feature, sum_by_sample
 from crosscoder.research.rivals import (
+    OURS,
     BenchConfig,
     DenseCard,
-    OURS,
     Ours,
     as_table,
     build,
@@ -55,50 +55,71 @@ from ..training.loop import train, train_many
 from ..training.step import Trainer
 
 # %% ../../nbs/research/92_speed.ipynb #0bc54322
-def step_times(cfg: BenchConfig) -> pd.DataFrame: # as from `measure`
+def step_times(cfg: BenchConfig) -> pd.DataFrame:  # as from `measure`
     "One whole training step of every rival and of ours; milliseconds."
     return race(rivals(), cfg, OURS)
 
 # %% ../../nbs/research/92_speed.ipynb #d6b31c22
-def counts(cfg: BenchConfig) -> pd.DataFrame: # a row a part: gflop, gigabytes
+def counts(cfg: BenchConfig) -> pd.DataFrame:  # a row a part: gflop, gigabytes
     "Arithmetic and memory traffic of the parts of a step, from their definitions."
     n, d, f, k = cfg.batch, cfg.flat, cfg.dict_size, cfg.k
     entry, matrix = n * k, f * d
-    parts = {"encoder product, bf16": (2 * n * matrix, 2 * (matrix + n * d + n * f)),
-             "decode, one gather": (2 * entry * d, 4 * (entry * d + n * d)),
-             "gradient of the codes, one gather": (2 * entry * d, 4 * (entry * d + n * d)),
-             "gradient of the decoder, transposed bag": (2 * entry * d, 4 * (entry * d + matrix)),
-             "gradient of the encoder, transposed bag": (2 * entry * d, 4 * (entry * d + matrix)),
-             "Adam, both matrices": (12 * 2 * matrix, 28 * 2 * matrix)}
+    parts = {
+        "encoder product, bf16": (2 * n * matrix, 2 * (matrix + n * d + n * f)),
+        "decode, one gather": (2 * entry * d, 4 * (entry * d + n * d)),
+        "gradient of the codes, one gather": (2 * entry * d, 4 * (entry * d + n * d)),
+        "gradient of the decoder, transposed bag": (2 * entry * d, 4 * (entry * d + matrix)),
+        "gradient of the encoder, transposed bag": (2 * entry * d, 4 * (entry * d + matrix)),
+        "Adam, both matrices": (12 * 2 * matrix, 28 * 2 * matrix),
+    }
     return pd.DataFrame(parts, index=["gflop", "gigabytes"]).T / 1e9
 
 # %% ../../nbs/research/92_speed.ipynb #bd2fb4e6
-def floor_parts(cfg: BenchConfig) -> dict: # name -> (plain call, ours or None)
+def floor_parts(cfg: BenchConfig) -> dict:  # name -> (plain call, ours or None)
     "The parts of a step, each as a call on tensors of its own."
     g = torch.Generator().manual_seed(cfg.seed)
     x, w, v = (torch.randn(rows, cfg.flat, generator=g) for rows in (cfg.batch, cfg.dict_size, cfg.dict_size))
     xb, wb, layout = x.bfloat16(), w.bfloat16(), select_topk(x @ w.T, cfg.k)
     codes = Codes(torch.rand(len(layout.indices), generator=g), layout)
-    (order, stretches), rows, features, offsets, out = layout.by_feature, layout.rows, layout.indices, layout.offsets, torch.empty_like(w)
+    (order, stretches), rows, features, offsets, out = (
+        layout.by_feature,
+        layout.rows,
+        layout.indices,
+        layout.offsets,
+        torch.empty_like(w),
+    )
     by_feature = rows[order], codes.values[order]
     bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
     w.grad, v.grad = torch.randn(w.shape, generator=g), torch.randn(w.shape, generator=g)
     adam = torch.optim.Adam([w, v], lr=cfg.lr, fused=True)
     per_entry = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    transposed = (lambda: bag(by_feature[0], x, stretches, per_sample_weights=by_feature[1]),
-                  lambda: sum_by_feature(layout, codes.values, x, out=out))
-    calls = [(lambda: xb @ wb.T, None),
-             (lambda: bag(features, v, offsets, per_sample_weights=codes.values), lambda: sum_by_sample(layout, codes.values, v)),
-             (lambda: per_entry(x, v, features, offsets, rows, 0), lambda: dots(layout, x, v)),
-             transposed, transposed, (adam.step, None)]
+    transposed = (
+        lambda: bag(by_feature[0], x, stretches, per_sample_weights=by_feature[1]),
+        lambda: sum_by_feature(layout, codes.values, x, out=out),
+    )
+    calls = [
+        (lambda: xb @ wb.T, None),
+        (
+            lambda: bag(features, v, offsets, per_sample_weights=codes.values),
+            lambda: sum_by_sample(layout, codes.values, v),
+        ),
+        (lambda: per_entry(x, v, features, offsets, rows, 0), lambda: dots(layout, x, v)),
+        transposed,
+        transposed,
+        (adam.step, None),
+    ]
     return dict(zip(counts(cfg).index, calls))
 
 # %% ../../nbs/research/92_speed.ipynb #e769674d
-def floor(cfg: BenchConfig
-         ) -> pd.DataFrame: # a row a part, then their sum and our step: torch, ours (medians); median, min, max, n, times; ratio to the sum
+def floor(
+    cfg: BenchConfig,
+) -> (
+    pd.DataFrame
+):  # a row a part, then their sum and our step: torch, ours (medians); median, min, max, n, times; ratio to the sum
     "The parts of a step alone, their sum, and our whole step, all in the same rounds; milliseconds."
     parts, fns = floor_parts(cfg), build({OURS: Ours}, cfg, noise(cfg))[0]
-    for name, (plain, own) in parts.items(): fns |= {f"{name}|torch": plain} | ({f"{name}|ours": own} if own else {})
+    for name, (plain, own) in parts.items():
+        fns |= {f"{name}|torch": plain} | ({f"{name}|ours": own} if own else {})
     t = measure(fns, 2, 0, -(-cfg.repeats // 2), progress=cfg.progress)
     rows = {}
     for name in parts:
@@ -111,76 +132,122 @@ def floor(cfg: BenchConfig
     return noted(both.join(as_table({name: r[2] for name, r in rows.items()}, "sum: the floor", [])), t.attrs["notes"])
 
 # %% ../../nbs/research/92_speed.ipynb #15cc85c0
-def _peak(device): # bytes: largest resident set of this process, or largest allocation on a GPU
-    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
+def _peak(device):  # bytes: largest resident set of this process, or largest allocation on a GPU
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists(): return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # macOS counts in bytes
 
-def in_child(function: str, # name of a function of this module
-             *args          # its arguments, and its result, as JSON can hold them
-            ):
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+
+
+def in_child(
+    function: str,  # name of a function of this module
+    *args,  # its arguments, and its result, as JSON can hold them
+):
     "Call a function in a fresh process; what it raises comes back as the last line it said."
     code = f"import json, sys; from crosscoder.bench import {function} as f; print('\\n' + json.dumps(f(*json.loads(sys.argv[1]))))"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError((done.stderr.strip() or f"ended by signal {-done.returncode}").splitlines()[-1])
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"ended by signal {-done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/research/92_speed.ipynb #46be44a7
-def lifetime(cfg: dict,  # fields of a `BenchConfig`
-             name: str   # of a rival
-            ) -> dict:   # times in milliseconds; start and peak in bytes
+def lifetime(
+    cfg: dict,  # fields of a `BenchConfig`
+    name: str,  # of a rival
+) -> dict:  # times in milliseconds; start and peak in bytes
     "Build one trainer, take some steps, and say how long they took and how much memory there was at most."
     cfg = BenchConfig(**cfg)
     x, start = noise(cfg), _peak(cfg.device)
     rival = rivals()[name](cfg)
     table = measure({name: lambda: rival.step(x)}, 1, 0, cfg.repeats, device=cfg.device, progress=False)
-    if table.attrs["notes"]: raise RuntimeError(table.attrs["notes"][0])
+    if table.attrs["notes"]:
+        raise RuntimeError(table.attrs["notes"][0])
     return {"times": table.times[name], "start": start, "peak": _peak(cfg.device)}
 
 # %% ../../nbs/research/92_speed.ipynb #d88977f0
-def _in_children(cases: dict, desc, progress): # name -> arguments of `lifetime`; -> found by name, notes
+def _in_children(cases: dict, desc, progress):  # name -> arguments of `lifetime`; -> found by name, notes
     found, notes = {}, []
     for name, args in tqdm(cases.items(), desc=desc, delay=2, leave=False, disable=not progress):
-        try: found[name] = in_child("lifetime", *args)
-        except RuntimeError as e: notes.append(f"{name}: {e}")
+        try:
+            found[name] = in_child("lifetime", *args)
+        except RuntimeError as e:
+            notes.append(f"{name}: {e}")
     return found, notes
 
-def memory(cfg: BenchConfig) -> pd.DataFrame: # by name: peak, start, limit in GB; bytes a weight (of what came after the start)
+
+def memory(
+    cfg: BenchConfig,
+) -> pd.DataFrame:  # by name: peak, start, limit in GB; bytes a weight (of what came after the start)
     "Peak memory of each trainer in a process of its own (GB), beside 16 bytes a weight + 1.5 GB."
     names = ["dense card", OURS] if cfg.small else rivals()
-    found, notes = _in_children({name: (asdict(replace(cfg, repeats=2)), name) for name in names}, "memory", cfg.progress)
-    table = pd.DataFrame({"peak": {n: r["peak"] / 1e9 for n, r in found.items()}, "start": {n: r["start"] / 1e9 for n, r in found.items()}})
-    table["limit"], table["bytes a weight"] = 16 * cfg.weights / 1e9 + 1.5, 1e9 * (table.peak - table.start) / cfg.weights
+    found, notes = _in_children(
+        {name: (asdict(replace(cfg, repeats=2)), name) for name in names}, "memory", cfg.progress
+    )
+    table = pd.DataFrame(
+        {
+            "peak": {n: r["peak"] / 1e9 for n, r in found.items()},
+            "start": {n: r["start"] / 1e9 for n, r in found.items()},
+        }
+    )
+    table["limit"], table["bytes a weight"] = (
+        16 * cfg.weights / 1e9 + 1.5,
+        1e9 * (table.peak - table.start) / cfg.weights,
+    )
     return noted(table, notes)
 
 # %% ../../nbs/research/92_speed.ipynb #ba608b6f
 class OnPlanted(Ours):
     "Ours on activations of a planted pair, whatever batch it is given."
+
     def __init__(self, cfg, **kwargs):
         super().__init__(cfg, **kwargs)
         self.x = PlantedPair(2 * cfg.d, cfg.d).sample(cfg.batch, cfg.seed)[0].to(cfg.device)
         self.cc.fit_normalizer(self.x)
-    def step(self, x): return super().step(self.x)
 
-def variants(cfg: BenchConfig) -> pd.DataFrame: # as from `measure`
+    def step(self, x):
+        return super().step(self.x)
+
+
+def variants(cfg: BenchConfig) -> pd.DataFrame:  # as from `measure`
     "Our step with other settings, and the ratio to plain top-k; milliseconds."
     aux = partial(Ours, aux_coef=1 / 32)
-    return race({"topk": Ours, "batchtopk": partial(Ours, activation="batchtopk"),
-                 "partitions 5 % + 5 %": partial(Ours, exclusive=(0.05, 0.05)),
-                 "auxiliary loss, a tenth dead": partial(aux, dead=0.1), "auxiliary loss, half dead": partial(aux, dead=0.5),
-                 "topk on planted activations": OnPlanted}, cfg, "topk")
+    return race(
+        {
+            "topk": Ours,
+            "batchtopk": partial(Ours, activation="batchtopk"),
+            "partitions 5 % + 5 %": partial(Ours, exclusive=(0.05, 0.05)),
+            "auxiliary loss, a tenth dead": partial(aux, dead=0.1),
+            "auxiliary loss, half dead": partial(aux, dead=0.5),
+            "topk on planted activations": OnPlanted,
+        },
+        cfg,
+        "topk",
+    )
 
 # %% ../../nbs/research/92_speed.ipynb #bc191e5a
-AXES = {"dict_size": ((4096, 8192, 16384, 32768, 65536, 131072), {"d": 512}), "k": ((16, 32, 64, 128, 256), {}),
-        "d": ((256, 512, 1024, 2048), {}), "batch": ((256, 512, 1024, 2048, 4096), {})}
+AXES = {
+    "dict_size": ((4096, 8192, 16384, 32768, 65536, 131072), {"d": 512}),
+    "k": ((16, 32, 64, 128, 256), {}),
+    "d": ((256, 512, 1024, 2048), {}),
+    "batch": ((256, 512, 1024, 2048, 4096), {}),
+}
 SMALL_AXES = {"dict_size": ((512, 2048), {})}
 
-def scaling(cfg: BenchConfig) -> pd.DataFrame: # axis, value, median, min, max, n, times (milliseconds), peak (GB), by "axis = value"
+
+def scaling(
+    cfg: BenchConfig,
+) -> pd.DataFrame:  # axis, value, median, min, max, n, times (milliseconds), peak (GB), by "axis = value"
     "Step time (milliseconds) and peak memory (GB) of ours, one axis at a time."
     axes = SMALL_AXES if cfg.small else AXES
-    cases = {f"{axis} = {v}": (asdict(replace(cfg, **{**fixed, axis: v})), OURS) for axis, (values, fixed) in axes.items() for v in values}
+    cases = {
+        f"{axis} = {v}": (asdict(replace(cfg, **{**fixed, axis: v})), OURS)
+        for axis, (values, fixed) in axes.items()
+        for v in values
+    }
     found, notes = _in_children(cases, "growth", cfg.progress)
     table = as_table({name: r["times"] for name, r in found.items()}, None, notes)
     table.insert(0, "axis", [name.split(" = ")[0] for name in found])
@@ -189,48 +256,61 @@ def scaling(cfg: BenchConfig) -> pd.DataFrame: # axis, value, median, min, max, 
     return table
 
 # %% ../../nbs/research/92_speed.ipynb #3dcff9c1
-def _start(cfg): # planted pair, crosscoder to start from, held-out batch (flat)
+def _start(cfg):  # planted pair, crosscoder to start from, held-out batch (flat)
     pair = PlantedPair(8 * cfg.d, cfg.d)
-    cc = CrossCoder((cfg.d, cfg.d), cfg.dict_size, cfg.k, None, "topk", "zscore", cfg.seed).fit_normalizer(pair.sample(8192, seed=10**6)[0])
+    cc = CrossCoder((cfg.d, cfg.d), cfg.dict_size, cfg.k, None, "topk", "zscore", cfg.seed).fit_normalizer(
+        pair.sample(8192, seed=10**6)[0]
+    )
     return pair, cc, cc.flat(pair.sample(4096, seed=10**6 + 1)[0])
 
-def _fve(recon, z): return 1 - ((recon - z).square().sum() / (z - z.mean(0)).square().sum()).item()
 
-def _curve(cfg, steps, precision): # -> loss of each step, held-out FVE; precision None: the dense reference
+def _fve(recon, z):
+    return 1 - ((recon - z).square().sum() / (z - z.mean(0)).square().sum()).item()
+
+
+def _curve(cfg, steps, precision):  # -> loss of each step, held-out FVE; precision None: the dense reference
     pair, cc, held = _start(cfg)
     rival, losses = Trainer(cc, recipe(cfg, precision, steps=steps)) if precision else DenseCard(cfg, cc), []
-    for i in tqdm(range(steps), desc=f"accuracy, {precision or 'dense'}", delay=2, leave=False, disable=not cfg.progress):
+    for i in tqdm(
+        range(steps), desc=f"accuracy, {precision or 'dense'}", delay=2, leave=False, disable=not cfg.progress
+    ):
         x = pair.sample(cfg.batch, seed=i)[0]
         losses.append(rival.step(x if precision else cc.normalize(cc.flat(x)).view_as(x))["loss"])
     with torch.no_grad():
         z = cc.normalize(held)
-        if precision: return losses, _fve(cc.normalize(cc.reconstruct(cc.codes(held))), z)
+        if precision:
+            return losses, _fve(cc.normalize(cc.reconstruct(cc.codes(held))), z)
         return losses, _fve(rival.model(z.unflatten(1, (2, -1)))[0].flatten(1), z)
 
 # %% ../../nbs/research/92_speed.ipynb #eaebf369
-def _flat_gradients(m): # of a card model, as the matrices of a crosscoder lie
+def _flat_gradients(m):  # of a card model, as the matrices of a crosscoder lie
     by_feature = m.W_enc.grad.permute(2, 0, 1).flatten(1), m.b_enc.grad, m.W_dec.grad.flatten(1), m.b_dec.grad.flatten()
     return dict(zip(("encoder", "encoder_bias", "decoder", "decoder_bias"), by_feature))
 
-def gradient_errors(cfg: BenchConfig, precision: str
-                   ) -> dict: # gradient error, and the same where the choice is ours
+
+def gradient_errors(cfg: BenchConfig, precision: str) -> dict:  # gradient error, and the same where the choice is ours
     "Largest relative error of a gradient, |ours − reference| / |reference|, with a dense float64 reference."
     pair, cc, _ = _start(cfg)
     x = pair.sample(cfg.batch, cfg.seed)[0]
     z, trainer = cc.normalize(cc.flat(x)), Trainer(cc, recipe(cfg, precision))
     chosen = Codes(torch.ones(cfg.batch * cfg.k), trainer.gradients(z)[1].layout).dense()
-    def error(on): # `on`: what the reference is allowed of all its features
+
+    def error(on):  # `on`: what the reference is allowed of all its features
         m = DenseCard(cfg, cc, torch.float64).model
         m.k = cfg.k if on is None else cfg.dict_size
         z64 = z.double().view(x.shape)
         features = m.encode(z64) * (1 if on is None else on)
         ((m.decode(features) - z64).square().mean() + cfg.l1 * features.mean()).backward()
-        return max(((trainer.grads[name].double() - g).norm() / g.norm()).item() for name, g in _flat_gradients(m).items())
+        return max(
+            ((trainer.grads[name].double() - g).norm() / g.norm()).item() for name, g in _flat_gradients(m).items()
+        )
+
     return {"gradient error": error(None), "with our choice": error(chosen)}
 
 # %% ../../nbs/research/92_speed.ipynb #91a6eb41
-def accuracy(cfg: BenchConfig
-            ) -> pd.DataFrame: # fve, its difference, the losses' largest relative difference, both gradient errors, losses
+def accuracy(
+    cfg: BenchConfig,
+) -> pd.DataFrame:  # fve, its difference, the losses' largest relative difference, both gradient errors, losses
     "Ours in both precisions beside the dense fp32 reference: 300 steps on a planted pair, and gradients against float64."
     cfg, steps = replace(cfg, batch=512, d=64, dict_size=1024, k=16, lr=2e-3, device="cpu"), 60 if cfg.small else 300
     (losses, fve), rows = _curve(cfg, steps, None), {}
@@ -238,28 +318,35 @@ def accuracy(cfg: BenchConfig
     for p in ("fp32", "bf16"):
         own, found = _curve(cfg, steps, p)
         apart = max(abs(a - b) / b for a, b in zip(own, losses))
-        rows[f"crosscoder {p}"] = {"fve": found, "difference": abs(found - fve), "loss difference": apart,
-                                   **gradient_errors(cfg, p), "losses": own}
+        rows[f"crosscoder {p}"] = {
+            "fve": found,
+            "difference": abs(found - fve),
+            "loss difference": apart,
+            **gradient_errors(cfg, p),
+            "losses": own,
+        }
     note = f"{steps} steps of {cfg.batch} on a planted pair of {8 * cfg.d} concepts"
     return noted(pd.DataFrame(rows.values(), index=list(rows)), [note])
 
 # %% ../../nbs/research/92_speed.ipynb #60026953
-def repeated_store(path, cfg: BenchConfig, gb: float) -> ActivationStore: # gb: size of all shards together
+def repeated_store(path, cfg: BenchConfig, gb: float) -> ActivationStore:  # gb: size of all shards together
     "A store of 400 shards that are all the same file."
     rows = max(16, round(gb * 1e9 / (400 * 4 * cfg.d)))
     x = [torch.randn(rows, cfg.d, generator=torch.Generator().manual_seed(cfg.seed)).bfloat16() for _ in range(2)]
     store = ActivationStore.from_tensors(path, x, shard_rows=rows)
     first = store.manifest["shards"][0]
     for i in range(1, 400):
-        for kind in ("safetensors", "jsonl"): os.link(store.path / f"{first['name']}.{kind}", store.path / f"{i:05d}.{kind}")
+        for kind in ("safetensors", "jsonl"):
+            os.link(store.path / f"{first['name']}.{kind}", store.path / f"{i:05d}.{kind}")
         store.manifest["shards"].append({**first, "name": f"{i:05d}"})
     write_atomic(store.path / "manifest.json", json.dumps(store.manifest))
     return ActivationStore(path)
 
 # %% ../../nbs/research/92_speed.ipynb #d87daf8d
-def from_store(cfg: dict,  # fields of a `BenchConfig`
-               path: str   # of a store
-              ) -> dict:   # waits and steps in milliseconds, first wait, start and peak in bytes
+def from_store(
+    cfg: dict,  # fields of a `BenchConfig`
+    path: str,  # of a store
+) -> dict:  # waits and steps in milliseconds, first wait, start and peak in bytes
     "Train on a store for a while; what the loop waits for and how much memory there was at most."
     cfg = BenchConfig(**cfg)
     ours, n, start, waits, steps = Ours(cfg), 2 + 6 * cfg.repeats, _peak("cpu"), [], []
@@ -271,22 +358,36 @@ def from_store(cfg: dict,  # fields of a `BenchConfig`
         steps.append(timed(lambda: ours.step(batch)))
     return {"waits": waits[2:], "steps": steps[2:], "first": waits[0], "start": start, "peak": _peak("cpu")}
 
-def loader(cfg: BenchConfig
-          ) -> pd.DataFrame: # rows; wait, step (medians, ms), share of the time spent waiting (%), first wait (s), peak, start (GB), times
+
+def loader(
+    cfg: BenchConfig,
+) -> (
+    pd.DataFrame
+):  # rows; wait, step (medians, ms), share of the time spent waiting (%), first wait (s), peak, start (GB), times
     "What a store costs: milliseconds that the loop waits for batches, beside those of the step, and memory (GB)."
     rows = {}
-    for gb in tqdm((0.02, 0.1) if cfg.small else (2.0, 30.0), desc="loader", delay=2, leave=False, disable=not cfg.progress):
+    for gb in tqdm(
+        (0.02, 0.1) if cfg.small else (2.0, 30.0), desc="loader", delay=2, leave=False, disable=not cfg.progress
+    ):
         with tempfile.TemporaryDirectory() as folder:
             store = repeated_store(Path(folder) / "store", cfg, gb)
             r = in_child("from_store", asdict(cfg), str(store.path))
         wait, step = pd.Series(r["waits"]), pd.Series(r["steps"])
-        rows[f"{gb:g} GB"] = {"rows": len(store), "wait": wait.median(), "step": step.median(), "n": len(wait),
-                              "share": 100 * wait.sum() / (wait.sum() + step.sum()), "first": r["first"] / 1e3,
-                              "peak": r["peak"] / 1e9, "start": r["start"] / 1e9, "times": r["waits"]}
+        rows[f"{gb:g} GB"] = {
+            "rows": len(store),
+            "wait": wait.median(),
+            "step": step.median(),
+            "n": len(wait),
+            "share": 100 * wait.sum() / (wait.sum() + step.sum()),
+            "first": r["first"] / 1e3,
+            "peak": r["peak"] / 1e9,
+            "start": r["start"] / 1e9,
+            "times": r["waits"],
+        }
     return pd.DataFrame(rows.values(), index=list(rows))
 
 # %% ../../nbs/research/92_speed.ipynb #b1ae4560
-def many(cfg: BenchConfig) -> pd.DataFrame: # as from `measure`; how many have the same bits is in the notes
+def many(cfg: BenchConfig) -> pd.DataFrame:  # as from `measure`; how many have the same bits is in the notes
     "Six short runs by `train_many`, and the same six one after the other; milliseconds."
     cfg = replace(cfg, d=max(cfg.d // 4, 16), dict_size=cfg.dict_size // 4)
     config, times, same = recipe(cfg, None, steps=10 if cfg.small else 40), {"one by one": [], "at once": []}, []
@@ -298,52 +399,60 @@ def many(cfg: BenchConfig) -> pd.DataFrame: # as from `measure`; how many have t
             alone, together = six(), six()
             one_by_one = timed(lambda: [train(cc, store, config, progress=False) for cc in alone])
             at_once = timed(lambda: train_many(together, store, config, progress=False))
-            if i: times["one by one"].append(one_by_one), times["at once"].append(at_once)
-            same.append(sum(all(v.equal(b.state_dict()[k]) for k, v in a.state_dict().items()) for a, b in zip(alone, together)))
+            if i:
+                times["one by one"].append(one_by_one), times["at once"].append(at_once)
+            same.append(
+                sum(all(v.equal(b.state_dict()[k]) for k, v in a.state_dict().items()) for a, b in zip(alone, together))
+            )
     return as_table(times, "one by one", [f"{min(same)} of 6 have the same bits; {config.steps} steps each"])
 
 # %% ../../nbs/research/92_speed.ipynb #5da9ffb8
-def sizes_of_the_sweep(cfg: BenchConfig) -> dict: # name -> `BenchConfig`
+def sizes_of_the_sweep(cfg: BenchConfig) -> dict:  # name -> `BenchConfig`
     "Two sizes and three values of k, as the published sweep has them around the card's."
     sizes, ks = (cfg.dict_size // 2, cfg.dict_size), (cfg.k // 2, cfg.k, cfg.k * 16 // 9)
     return {f"D {f}, k {k}": replace(cfg, dict_size=f, k=k) for f in sizes for k in ks}
 
 # %% ../../nbs/research/92_speed.ipynb #f8652838
 @torch.inference_mode()
-def usual_extraction(pair,               # `ModelPair`
-                     texts,              # list of `Text`
-                     path,               # file to write
-                     layer: int,         # output of this block
-                     batch: int = 8,     # texts in a forward pass
-                     max_tokens: int = 512):
+def usual_extraction(
+    pair,  # `ModelPair`
+    texts,  # list of `Text`
+    path,  # file to write
+    layer: int,  # output of this block
+    batch: int = 8,  # texts in a forward pass
+    max_tokens: int = 512,
+):
     "Texts in the order given, padded, full forward passes, `hidden_states[layer + 1]` saved."
     from safetensors.torch import save_file
+
     kept, pair.tokenizer.padding_side = ([], []), "right"
     for i in range(0, len(texts), batch):
-        some = [t.text for t in texts[i:i + batch]]
+        some = [t.text for t in texts[i : i + batch]]
         enc = pair.tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=max_tokens)
         real = enc["attention_mask"].bool()
-        real[:, 0] = False # first positions are left out, as in `extract`
+        real[:, 0] = False  # first positions are left out, as in `extract`
         for model, rows in zip(pair.models, kept):
             hidden = model(**enc.to(model.device), output_hidden_states=True).hidden_states[layer + 1]
             rows.append(hidden[real.to(hidden.device)].cpu())
     save_file({str(m): torch.cat(rows) for m, rows in enumerate(kept)}, path)
 
 # %% ../../nbs/research/92_speed.ipynb #55ea5486
-def extraction(cfg: BenchConfig) -> pd.DataFrame: # as from `measure`, and tokens a second through both models
+def extraction(cfg: BenchConfig) -> pd.DataFrame:  # as from `measure`, and tokens a second through both models
     "`extract`, the usual way and bare forward passes on the embedded default pair; milliseconds."
+    from crosscoder.data.embedded import DEFAULT_LAYER, default_pair, default_texts
     from crosscoder.data.extraction import extract, extraction_settings, model_batches, shard_groups
-    from crosscoder.data.embedded import DEFAULT_LAYER, default_pair
-    from crosscoder.data.embedded import default_texts
+
     pair, texts = default_pair(), list(default_texts(1, 1) if cfg.small else default_texts(14, 36))
-    how = extraction_settings(pair, DEFAULT_LAYER, "all", 512, 10., 8192, 2048)
+    how = extraction_settings(pair, DEFAULT_LAYER, "all", 512, 10.0, 8192, 2048)
     kept = [t for shards in shard_groups(iter(texts), pair.tokenizer, how) for s in shards for t in s.kept]
     batches = [ids for _, ids, _ in model_batches(kept, 2048, pair.tokenizer.pad_token_id)]
     with tempfile.TemporaryDirectory() as folder:
         fresh = lambda: tempfile.mkdtemp(dir=folder)
-        ways = {"usual": lambda: usual_extraction(pair, texts, f"{fresh()}/x.safetensors", DEFAULT_LAYER),
-                "bare": lambda: [pair.activations(ids, None, DEFAULT_LAYER) for ids in batches],
-                "extract": lambda: extract(pair, texts, fresh(), DEFAULT_LAYER, "all", progress=False)}
+        ways = {
+            "usual": lambda: usual_extraction(pair, texts, f"{fresh()}/x.safetensors", DEFAULT_LAYER),
+            "bare": lambda: [pair.activations(ids, None, DEFAULT_LAYER) for ids in batches],
+            "extract": lambda: extract(pair, texts, fresh(), DEFAULT_LAYER, "all", progress=False),
+        }
         table = measure(ways, 1 if cfg.small else cfg.repeats, ours="extract", progress=cfg.progress)
     tokens = sum(len(t.ids) for t in kept)
     table["tokens a second"] = 1000 * tokens / table["median"]
@@ -351,75 +460,128 @@ def extraction(cfg: BenchConfig) -> pd.DataFrame: # as from `measure`, and token
     return noted(table, [*table.attrs["notes"], note])
 
 # %% ../../nbs/research/92_speed.ipynb #b9b248d1
-def sweep(cfg: BenchConfig) -> pd.DataFrame: # by size and k as from `measure`, and run: minutes of 9000 steps
+def sweep(cfg: BenchConfig) -> pd.DataFrame:  # by size and k as from `measure`, and run: minutes of 9000 steps
     "Our step at the six sizes of the published sweep (milliseconds), and the projected time of one run (minutes) and of all 48."
-    tables = [race({name: Ours}, c, name) for name, c in sizes_of_the_sweep(cfg).items()] # one at a time
-    table, notes = pd.concat(tables).drop(columns=["ratio", "ratios"]), [note for t in tables for note in t.attrs["notes"]]
+    tables = [race({name: Ours}, c, name) for name, c in sizes_of_the_sweep(cfg).items()]  # one at a time
+    table, notes = (
+        pd.concat(tables).drop(columns=["ratio", "ratios"]),
+        [note for t in tables for note in t.attrs["notes"]],
+    )
     table["run"] = 9000 * table["median"] / 60_000
     every = 8 * table["run"].sum()
-    return noted(table, [*notes, f"all 48 runs, 8 architectures at each of the six: {every:,.0f} minutes, that is {every / 60:.1f} hours"])
+    return noted(
+        table,
+        [
+            *notes,
+            f"all 48 runs, 8 architectures at each of the six: {every:,.0f} minutes, that is {every / 60:.1f} hours",
+        ],
+    )
 
 # %% ../../nbs/research/92_speed.ipynb #5adec997
-def profile(cfg: BenchConfig) -> pd.DataFrame: # by kernel or operation: ms a step, calls a step, share (%)
+def profile(cfg: BenchConfig) -> pd.DataFrame:  # by kernel or operation: ms a step, calls a step, share (%)
     "The twenty most expensive kernels of our step."
     rival, x, gpu = Ours(cfg), noise(cfg), torch.device(cfg.device).type == "cuda"
-    for _ in range(3): rival.step(x)
+    for _ in range(3):
+        rival.step(x)
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
     with torch.profiler.profile(activities=kinds) as p:
-        for _ in range(cfg.repeats): rival.step(x)
-        if gpu: torch.cuda.synchronize()
+        for _ in range(cfg.repeats):
+            rival.step(x)
+        if gpu:
+            torch.cuda.synchronize()
     time_of = (lambda e: e.self_device_time_total) if gpu else (lambda e: e.self_cpu_time_total)
-    events = [e for e in p.key_averages() if not gpu or e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    events = [
+        e
+        for e in p.key_averages()
+        if not gpu or e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     events.sort(key=time_of, reverse=True)
     total = sum(map(time_of, events))
-    rows = {e.key[:80]: {"ms a step": time_of(e) / 1e3 / cfg.repeats, "calls a step": e.count / cfg.repeats,
-                         "share": 100 * time_of(e) / total} for e in events[:20]}
+    rows = {
+        e.key[:80]: {
+            "ms a step": time_of(e) / 1e3 / cfg.repeats,
+            "calls a step": e.count / cfg.repeats,
+            "share": 100 * time_of(e) / total,
+        }
+        for e in events[:20]
+    }
     notes = [f"largest allocation: {_peak(cfg.device) / 1e9:.2f} GB"] if gpu else []
     return noted(pd.DataFrame(rows.values(), index=list(rows)), notes)
 
 # %% ../../nbs/research/92_speed.ipynb #4f5411c6
-SECTIONS = {"step": step_times, "floor": floor, "memory": memory, "variants": variants, "scaling": scaling, "accuracy": accuracy,
-            "loader": loader, "many": many, "extraction": extraction, "sweep": sweep, "profile": profile}
-CPU_ONLY = {"floor": "its parts are CPU calls", "accuracy": "it is a claim about the arithmetic of the CPU path",
-            "loader": "it does not depend on where the step computes", "many": "it is about the order of work, which is the same",
-            "extraction": "the embedded pair is too small to keep a GPU busy"}
+SECTIONS = {
+    "step": step_times,
+    "floor": floor,
+    "memory": memory,
+    "variants": variants,
+    "scaling": scaling,
+    "accuracy": accuracy,
+    "loader": loader,
+    "many": many,
+    "extraction": extraction,
+    "sweep": sweep,
+    "profile": profile,
+}
+CPU_ONLY = {
+    "floor": "its parts are CPU calls",
+    "accuracy": "it is a claim about the arithmetic of the CPU path",
+    "loader": "it does not depend on where the step computes",
+    "many": "it is about the order of work, which is the same",
+    "extraction": "the embedded pair is too small to keep a GPU busy",
+}
 
-def machine() -> dict: # what the numbers depend on
+
+def machine() -> dict:  # what the numbers depend on
     "Processor, cores, threads, memory, and versions of everything that was raced."
     info, found = Path("/proc/cpuinfo"), {}
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     for package in ("crosscoder", "torch", "triton", "sae-lens", "eai-sparsify", "dictionary-learning"):
-        with contextlib.suppress(PackageNotFoundError): found[package] = version(package)
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
-            "free memory, GB": round(free_memory("cpu") / 1e9, 1), "system": f"{platform.system()} {platform.machine()}",
-            "versions": {"python": platform.python_version(), **found}}
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "free memory, GB": round(free_memory("cpu") / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **found},
+    }
 
 # %% ../../nbs/research/92_speed.ipynb #4d56bf16
-HIDDEN = ("times", "ratios", "losses") # columns of lists: kept in bench.json, not printed
+HIDDEN = ("times", "ratios", "losses")  # columns of lists: kept in bench.json, not printed
 
-def short(v): # a number as a person wants it, a string; anything else as it is
+
+def short(v):  # a number as a person wants it, a string; anything else as it is
     "A number with about three figures."
-    if not isinstance(v, float): return str(v)
+    if not isinstance(v, float):
+        return str(v)
     form = ",.0f" if abs(v) >= 1000 else ".1f" if abs(v) >= 10 else ".3f" if abs(v) >= 0.01 or v == 0 else ".1e"
     return "" if v != v else f"{v:{form}}"
 
-def as_text(table: pd.DataFrame # from any measurement
-           ) -> str:
+
+def as_text(
+    table: pd.DataFrame,  # from any measurement
+) -> str:
     "A table for a terminal, and its notes below it."
     plain = table.drop(columns=[c for c in HIDDEN if c in table])
-    return "\n".join([plain.to_string(float_format=short, na_rep=""), *(f"  {note}" for note in table.attrs.get("notes", []))])
+    return "\n".join(
+        [plain.to_string(float_format=short, na_rep=""), *(f"  {note}" for note in table.attrs.get("notes", []))]
+    )
 
 # %% ../../nbs/research/92_speed.ipynb #e4a6ba10
-def run_bench(out="runs/bench",       # folder for bench.json and the plots
-              cfg: BenchConfig = None,# the card's sizes if left out
-              only=()                 # names of `SECTIONS`; all if left out
-             ) -> dict: # name -> table
+def run_bench(
+    out="runs/bench",  # folder for bench.json and the plots
+    cfg: BenchConfig = None,  # the card's sizes if left out
+    only=(),  # names of `SECTIONS`; all if left out
+) -> dict:  # name -> table
     "Run the measurements, print each table, and write `bench.json` and the plots; an unknown name raises `BadInput`."
     cfg, out, tables = cfg or BenchConfig(), Path(out), {}
     unknown, gpu = [name for name in only if name not in SECTIONS], torch.device(cfg.device).type == "cuda"
-    if unknown: raise BadInput(f"no measurement is called {unknown[0]!r}: one of {', '.join(SECTIONS)}")
+    if unknown:
+        raise BadInput(f"no measurement is called {unknown[0]!r}: one of {', '.join(SECTIONS)}")
     if gpu and not torch.cuda.is_available():
         raise BadInput(f"device is {cfg.device!r}, and PyTorch finds no GPU here: leave it out to measure on the CPU")
     out.mkdir(parents=True, exist_ok=True)
@@ -428,8 +590,10 @@ def run_bench(out="runs/bench",       # folder for bench.json and the plots
         if gpu and name in CPU_ONLY:
             print(f"skipped on a GPU: {CPU_ONLY[name]}", flush=True)
             continue
-        try: tables[name] = SECTIONS[name](cfg)
-        except Exception as e: tables[name] = noted(pd.DataFrame(), [failed(name, e)])
+        try:
+            tables[name] = SECTIONS[name](cfg)
+        except Exception as e:
+            tables[name] = noted(pd.DataFrame(), [failed(name, e)])
         print(as_text(tables[name]), flush=True)
         _write(out / "bench.json", cfg, tables)
     plot_all(tables, out)
@@ -437,51 +601,69 @@ def run_bench(out="runs/bench",       # folder for bench.json and the plots
     return tables
 
 # %% ../../nbs/research/92_speed.ipynb #ec957c92
-def _write(path, cfg, tables): # everything that is needed to judge and to repeat it
+def _write(path, cfg, tables):  # everything that is needed to judge and to repeat it
     rows = lambda t: json.loads(t.reset_index(names="name").to_json(orient="records"))
     named = {name: {"rows": rows(t), "notes": t.attrs.get("notes", [])} for name, t in tables.items()}
-    write_atomic(path, json.dumps({"machine": machine(), "config": asdict(cfg), "unit": "milliseconds, GB", "tables": named}, indent=1))
+    write_atomic(
+        path,
+        json.dumps(
+            {"machine": machine(), "config": asdict(cfg), "unit": "milliseconds, GB", "tables": named}, indent=1
+        ),
+    )
 
-def read_machine(path): # dict
+
+def read_machine(path):  # dict
     "What the numbers of a bench.json were measured on."
     return json.loads(Path(path).read_text())["machine"]
 
-def read_bench(path # a bench.json
-              ) -> dict: # name -> table, as `run_bench` gave it
+
+def read_bench(
+    path,  # a bench.json
+) -> dict:  # name -> table, as `run_bench` gave it
     "The tables of an earlier run."
     tables = json.loads(Path(path).read_text())["tables"]
     frame = lambda rows: pd.DataFrame(rows, columns=None if rows else ["name"]).set_index("name")
     return {name: noted(frame(t["rows"]), t["notes"]) for name, t in tables.items()}
 
 # %% ../../nbs/research/92_speed.ipynb #26ad5219
-def plot_step(table: pd.DataFrame, # from `step_times` or `variants`
-              ax,
-              floor: float | None = None # ms, drawn as a line
-             ):
+def plot_step(
+    table: pd.DataFrame,  # from `step_times` or `variants`
+    ax,
+    floor: float | None = None,  # ms, drawn as a line
+):
     "Medians as bars, smallest to largest as whiskers; beside them milliseconds and the ratio."
     t = table[table.n > 0].sort_values("median", ascending=False)
     colors = ["tab:orange" if name.startswith("crosscoder") else "tab:blue" for name in t.index]
-    ax.barh(t.index, t["median"], color=colors, xerr=(t["median"] - t["min"], t["max"] - t["median"]), error_kw={"lw": 1})
+    ax.barh(
+        t.index, t["median"], color=colors, xerr=(t["median"] - t["min"], t["max"] - t["median"]), error_kw={"lw": 1}
+    )
     for y, (ms, most, ratio) in enumerate(zip(t["median"], t["max"], t["ratio"])):
         ax.text(most, y, f"  {short(ms)} ms, × {ratio:.2f}", va="center", fontsize=8)
-    if floor: ax.axvline(floor, color="black", lw=1, ls=":", label="floor"), ax.legend(frameon=False, fontsize=8)
+    if floor:
+        ax.axvline(floor, color="black", lw=1, ls=":", label="floor"), ax.legend(frameon=False, fontsize=8)
     ax.set(xlabel="milliseconds a step", xlim=(0, 1.25 * t["max"].max()))
     ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/research/92_speed.ipynb #4e0f045c
-def plot_scaling(table: pd.DataFrame, # from `scaling`
-                 axes,                # one for each axis, in two rows: time above, memory below
-                ):
+def plot_scaling(
+    table: pd.DataFrame,  # from `scaling`
+    axes,  # one for each axis, in two rows: time above, memory below
+):
     "Step time with its range, and peak memory, along each axis."
     for (axis, t), top, below in zip(table.groupby("axis", sort=False), *axes):
-        top.errorbar(t.value, t["median"], yerr=(t["median"] - t["min"], t["max"] - t["median"]), marker="o", ms=3, lw=1)
+        top.errorbar(
+            t.value, t["median"], yerr=(t["median"] - t["min"], t["max"] - t["median"]), marker="o", ms=3, lw=1
+        )
         below.plot(t.value, t.peak, marker="o", ms=3, lw=1)
-        for ax in (top, below): ax.set(xlim=0, ylim=0), ax.spines[["top", "right"]].set_visible(False)
+        for ax in (top, below):
+            ax.set(xlim=0, ylim=0), ax.spines[["top", "right"]].set_visible(False)
         below.set_xlabel(axis)
     axes[0][0].set_ylabel("ms a step"), axes[1][0].set_ylabel("peak, GB")
 
-def plot_all(tables, out): # those whose tables are there
-    from matplotlib.figure import Figure # not pyplot: nothing is shown, and no backend is chosen
+
+def plot_all(tables, out):  # those whose tables are there
+    from matplotlib.figure import Figure  # not pyplot: nothing is shown, and no backend is chosen
+
     if (t := tables.get("step")) is not None and len(t):
         fig = Figure(figsize=(7, 3), layout="constrained")
         own = tables.get("floor")

@@ -21,45 +21,67 @@ from torch import Tensor
 from ..analysis.evidence import evidence, label_features
 from ..basics import BadInput, write_atomic
 from ..data.batches import Batches
-from ..data.planted import by_relative_norm, found, planted_scores, PlantedPair
+from ..data.planted import PlantedPair, by_relative_norm, found, planted_scores
 from ..data.store import ActivationStore
 from ..model.crosscoder import CrossCoder, load_native
 from .rivals import NotInstalled, require
 from ..training.config import TrainConfig
-from ..training.exclusive import find_differences, Residuals
+from ..training.exclusive import Residuals, find_differences
 from ..training.loop import train
 
 # %% ../../nbs/research/91_truth.ipynb #a02d0465
 @dataclass(frozen=True)
 class Setting:
     "One planted pair and one budget. The defaults are a quarter of the published toy in each direction, with half as many features as concepts."
-    n_concepts: int = 512          # concepts, all together
-    d: int = 64                    # width of both models
-    exclusive: int = 12            # concepts of each model alone
-    geometry: str = "affine"       # near, affine or independent
-    rotated: int = 0               # shared concepts with an unrelated direction in B
-    rarity: float = 1.0            # factor on the probability of exclusive concepts
-    frequencies: str = "paper"     # or hierarchical
-    dict_size: int = 256           # features
-    k: int = 5                     # active features a row, on average
-    rows: int = 500_000            # to train on; they come again
-    steps: int = 2000              # of training
-    batch: int = 1024              # rows a step
-    lr: float = 2e-3               # highest learning rate
-    seed: int = 0                  # of pair, rows, weights and order
+
+    n_concepts: int = 512  # concepts, all together
+    d: int = 64  # width of both models
+    exclusive: int = 12  # concepts of each model alone
+    geometry: str = "affine"  # near, affine or independent
+    rotated: int = 0  # shared concepts with an unrelated direction in B
+    rarity: float = 1.0  # factor on the probability of exclusive concepts
+    frequencies: str = "paper"  # or hierarchical
+    dict_size: int = 256  # features
+    k: int = 5  # active features a row, on average
+    rows: int = 500_000  # to train on; they come again
+    steps: int = 2000  # of training
+    batch: int = 1024  # rows a step
+    lr: float = 2e-3  # highest learning rate
+    seed: int = 0  # of pair, rows, weights and order
 
     @classmethod
-    def toy(cls, **changes): # arXiv 2602.11729, appendix B.2
+    def toy(cls, **changes):  # arXiv 2602.11729, appendix B.2
         "The published toy: 2048 concepts in 256 dimensions, 51 exclusive to each."
-        return cls(**{"n_concepts": 2048, "d": 256, "exclusive": 51, "dict_size": 1024, "k": 20, "steps": 3000, **changes})
+        return cls(
+            **{"n_concepts": 2048, "d": 256, "exclusive": 51, "dict_size": 1024, "k": 20, "steps": 3000, **changes}
+        )
 
     def pair(self):
         "The planted pair."
-        return PlantedPair(self.n_concepts, self.d, (self.exclusive,) * 2, self.geometry, self.rotated, self.rarity, self.frequencies, seed=self.seed)
+        return PlantedPair(
+            self.n_concepts,
+            self.d,
+            (self.exclusive,) * 2,
+            self.geometry,
+            self.rotated,
+            self.rarity,
+            self.frequencies,
+            seed=self.seed,
+        )
 
     def config(self, **changes):
         "How everything is trained."
-        return TrainConfig(**{"steps": self.steps, "batch_size": self.batch, "lr": self.lr, "warmup": 50, "precision": "fp32", "seed": self.seed, **changes})
+        return TrainConfig(
+            **{
+                "steps": self.steps,
+                "batch_size": self.batch,
+                "lr": self.lr,
+                "warmup": 50,
+                "precision": "fp32",
+                "seed": self.seed,
+                **changes,
+            }
+        )
 
     def crosscoder(self, exclusive=None, activation="batchtopk"):
         "A dictionary of the setting's size, untrained."
@@ -70,46 +92,64 @@ def planted_store(pair: PlantedPair, path, rows: int, seed: int = 0):
     "A store of `rows` samples of a planted pair."
     per = 65_536
     chunks = [x.flatten(1) for _, x in zip(range(-(-rows // per)), pair.stream(per, seed))]
-    return ActivationStore.from_tensors(path, [x.contiguous() for x in torch.cat(chunks)[:rows].split(pair.d_in, 1)], shard_rows=per)
+    return ActivationStore.from_tensors(
+        path, [x.contiguous() for x in torch.cat(chunks)[:rows].split(pair.d_in, 1)], shard_rows=per
+    )
 
 # %% ../../nbs/research/91_truth.ipynb #dd18ac39
 class View:
     "A linear map of the flat axis."
-    def __init__(self, d, rows): # rows: 2 × 2 numbers, what each half of the view takes of each model
+
+    def __init__(self, d, rows):  # rows: 2 × 2 numbers, what each half of the view takes of each model
         self.matrix = torch.kron(torch.tensor(rows), torch.eye(d))
-    def __call__(self, x): return x @ self.matrix.T
+
+    def __call__(self, x):
+        return x @ self.matrix.T
+
 
 SUMS = ((0.5**0.5, 0.5**0.5), (0.5**0.5, -(0.5**0.5)))
-DIFFERENCE = ((1., -1.), (0., 0.))
+DIFFERENCE = ((1.0, -1.0), (0.0, 0.0))
 
 # %% ../../nbs/research/91_truth.ipynb #58ecb285
 @dataclass
 class Outcome:
     "What a method says of a planted pair."
-    directions: tuple      # (n_features, d) in each model
-    called: np.ndarray     # (n_features,) "A", "B" or something else
-    alive: Tensor          # (n_features,) bool
-    fve: float             # of held-out rows, mean of both models; nan where a method does not reconstruct them
-    l0: float              # features a row
-    cc: CrossCoder | None = None # the dictionary, where it is one of [x_A, x_B]
 
-def _fve(x, recon): # both (rows, 2d) -> mean over both models
+    directions: tuple  # (n_features, d) in each model
+    called: np.ndarray  # (n_features,) "A", "B" or something else
+    alive: Tensor  # (n_features,) bool
+    fve: float  # of held-out rows, mean of both models; nan where a method does not reconstruct them
+    l0: float  # features a row
+    cc: CrossCoder | None = None  # the dictionary, where it is one of [x_A, x_B]
+
+
+def _fve(x, recon):  # both (rows, 2d) -> mean over both models
     left, spread = ((y.square().sum(0)).view(2, -1).sum(1) for y in (x - recon, x - x.mean(0)))
     return (1 - left / spread).mean().item()
 
+
 @torch.no_grad()
-def _held_out(cc, x): # (rows, Σd) -> dense features, fve
+def _held_out(cc, x):  # (rows, Σd) -> dense features, fve
     codes = cc.codes(x)
     return codes.dense(), _fve(x, cc.reconstruct(codes))
 
-def _outcome(cc, x, called): # of a crosscoder of [x_A, x_B]; called: Outcome's, or a function of its directions
+
+def _outcome(cc, x, called):  # of a crosscoder of [x_A, x_B]; called: Outcome's, or a function of its directions
     f, fve = _held_out(cc, x)
     directions = cc.directions(0), cc.directions(1)
-    return Outcome(directions, called(directions) if callable(called) else np.array(called), (f > 0).any(0), fve, (f > 0).sum(1).float().mean().item(), cc)
+    return Outcome(
+        directions,
+        called(directions) if callable(called) else np.array(called),
+        (f > 0).any(0),
+        fve,
+        (f > 0).sum(1).float().mean().item(),
+        cc,
+    )
 
-def crosscoder(s: Setting, store, x: Tensor, exclusive=None, activation="batchtopk", l1=0.):
+
+def crosscoder(s: Setting, store, x: Tensor, exclusive=None, activation="batchtopk", l1=0.0):
     "A crosscoder of both models. With a partition it says who owns a feature, without one the relative norm of the decoders does (0.2, 0.8)."
-    config = s.config(sparsity_coef=l1, **({"aux_coef": 0.} if l1 else {}))
+    config = s.config(sparsity_coef=l1, **({"aux_coef": 0.0} if l1 else {}))
     cc, _ = train(s.crosscoder(exclusive, activation), store, config, progress=False)
     return _outcome(cc, x, cc.partition.labels() if exclusive else by_relative_norm)
 
@@ -126,9 +166,11 @@ def designated(s: Setting, store, x, own=0.1):
     called = np.where(np.arange(s.dict_size) < n, "shared", by_relative_norm(directions))
     return Outcome(directions, called, (f > 0).any(0), _fve(x, recon), (f > 0).sum(1).float().mean().item())
 
-def _regressed(f, x, d): # what each model does on average when a feature fires: (n_features, d) of each
+
+def _regressed(f, x, d):  # what each model does on average when a feature fires: (n_features, d) of each
     f, x = f - f.mean(0), x - x.mean(0)
     return (f.T @ x / f.square().sum(0).clamp(min=1e-12)[:, None]).split(d, 1)
+
 
 @torch.no_grad()
 def difference(s: Setting, store, x):
@@ -139,6 +181,7 @@ def difference(s: Setting, store, x):
     d = _regressed(f, x, s.d)
     return Outcome(d, by_relative_norm(d), (f > 0).any(0), float("nan"), (f > 0).sum(1).float().mean().item())
 
+
 def mean_difference(s: Setting, store, x):
     "The one direction of mean(x_A) - mean(x_B), once for each model."
     a, b = torch.cat(store.read(0, 100_000), 1).mean(0).split(s.d)
@@ -148,12 +191,27 @@ def mean_difference(s: Setting, store, x):
 # %% ../../nbs/research/91_truth.ipynb #472611b3
 def dictionary_learning(s: Setting, store, x):
     "dictionary_learning's BatchTopKTrainer on the flat axis, called by relative norm; `None` where it is not installed."
-    try: trainers = require("dictionary_learning.trainers.batch_top_k", "")
-    except NotInstalled: return None
+    try:
+        trainers = require("dictionary_learning.trainers.batch_top_k", "")
+    except NotInstalled:
+        return None
     usual = s.crosscoder().fit_normalizer(store)
-    t = trainers.BatchTopKTrainer(steps=s.steps, activation_dim=2 * s.d, dict_size=s.dict_size, k=s.k, layer=0, lm_name="", lr=s.lr, warmup_steps=50, decay_start=s.steps // 2,
-                         threshold_start_step=s.steps // 2, seed=s.seed, device="cpu")
-    for i, batch in enumerate(Batches(store, s.batch, s.seed).stream(0, s.steps)): t.update(i, usual.normalize(torch.cat(batch, 1)))
+    t = trainers.BatchTopKTrainer(
+        steps=s.steps,
+        activation_dim=2 * s.d,
+        dict_size=s.dict_size,
+        k=s.k,
+        layer=0,
+        lm_name="",
+        lr=s.lr,
+        warmup_steps=50,
+        decay_start=s.steps // 2,
+        threshold_start_step=s.steps // 2,
+        seed=s.seed,
+        device="cpu",
+    )
+    for i, batch in enumerate(Batches(store, s.batch, s.seed).stream(0, s.steps)):
+        t.update(i, usual.normalize(torch.cat(batch, 1)))
     with torch.no_grad():
         f = t.ae.encode(usual.normalize(x), use_threshold=True)
         fve = _fve(x, t.ae.decode(f) * usual.unit + usual.origin)
@@ -166,7 +224,8 @@ def ours(s: Setting, store, x):
     cc = s.crosscoder()
     find_differences(cc, store, s.config(), progress=False)
     train(cc, store, s.config(), progress=False)
-    return _outcome(cc, x, by_relative_norm) # until it is labelled
+    return _outcome(cc, x, by_relative_norm)  # until it is labelled
+
 
 METHODS = {
     "mean difference": mean_difference,
@@ -181,53 +240,83 @@ METHODS = {
 }
 
 # %% ../../nbs/research/91_truth.ipynb #f36d47a9
-def _key(s: Setting): # name of a setting's folder: what differs from the defaults
+def _key(s: Setting):  # name of a setting's folder: what differs from the defaults
     usual = Setting()
     changed = {k: v for k, v in asdict(s).items() if v != getattr(usual, k) and k != "seed"}
     return "_".join([*(f"{k}-{v}" for k, v in changed.items()), f"seed-{s.seed}"])
 
-LABELLED = ("crosscoder, batch top-k", "DFC 5 %", "DFC 10 %", "ours") # dictionaries that get our label as well
 
-def run(s: Setting,
-        methods=tuple(METHODS), # names
-        out=None,               # folder for records and dictionaries
-        test_rows: int = 30_000,# that no method saw
-        held_rows: int = 100_000# further ones, for the evidence
-       ) -> list: # of records, flat dictionaries
+LABELLED = ("crosscoder, batch top-k", "DFC 5 %", "DFC 10 %", "ours")  # dictionaries that get our label as well
+
+
+def run(
+    s: Setting,
+    methods=tuple(METHODS),  # names
+    out=None,  # folder for records and dictionaries
+    test_rows: int = 30_000,  # that no method saw
+    held_rows: int = 100_000,  # further ones, for the evidence
+) -> list:  # of records, flat dictionaries
     "Every method on one setting."
     unknown = [m for m in methods if m not in METHODS]
-    if unknown: raise BadInput(f"method {unknown[0]!r} is unknown: one of {', '.join(METHODS)}")
+    if unknown:
+        raise BadInput(f"method {unknown[0]!r} is unknown: one of {', '.join(METHODS)}")
     if out is None:
-        with TemporaryDirectory() as out: return run(s, methods, out, test_rows, held_rows)
+        with TemporaryDirectory() as out:
+            return run(s, methods, out, test_rows, held_rows)
     folder, pair = Path(out) / _key(s), s.pair()
     folder.mkdir(parents=True, exist_ok=True)
-    path = lambda method: folder / f"{''.join(c for c in method.replace(' ', '_').replace('%', 'pct') if c.isalnum() or c in '_-+')}.json"
+    path = lambda method: (
+        folder / f"{''.join(c for c in method.replace(' ', '_').replace('%', 'pct') if c.isalnum() or c in '_-+')}.json"
+    )
     read = lambda m: json.loads(path(m).read_text()) if path(m).exists() else None
     if todo := [m for m in methods if read(m) is None]:
         x = pair.sample(test_rows, seed=10**6)[0].flatten(1)
         with TemporaryDirectory(dir=out) as tmp:
             store = planted_store(pair, Path(tmp) / "store", s.rows)
-            for m in todo: _measure(s, m, pair, store, x, path(m))
+            for m in todo:
+                _measure(s, m, pair, store, x, path(m))
     if todo := [m for m in methods if m in LABELLED and path(m).exists() and "labelled" not in read(m)]:
         with TemporaryDirectory(dir=out) as tmp:
             held = planted_store(pair, Path(tmp) / "held", held_rows, seed=77)
-            for m in todo: _label(s, m, pair, held, read(m), path(m))
+            for m in todo:
+                _label(s, m, pair, held, read(m), path(m))
     return [r for m in methods if (r := read(m))]
+
 
 def _measure(s, method, pair, store, x, path):
     start = time.perf_counter()
-    if (o := METHODS[method](s, store, x)) is None: return # its package is not installed
+    if (o := METHODS[method](s, store, x)) is None:
+        return  # its package is not installed
     seconds = time.perf_counter() - start
-    if o.cc: write_atomic(path.with_suffix(".safetensors"), o.cc.to_bytes())
+    if o.cc:
+        write_atomic(path.with_suffix(".safetensors"), o.cc.to_bytes())
     hit = found(pair, o.directions, o.called, o.alive).tolist()
-    write_atomic(path, json.dumps({"method": method, **asdict(s), **planted_scores(pair, o.directions, o.called, o.alive), "fve": o.fve, "l0": o.l0,
-                                   "seconds": seconds, "found": hit, "p": pair.p[:len(hit)].tolist()}))
+    write_atomic(
+        path,
+        json.dumps(
+            {
+                "method": method,
+                **asdict(s),
+                **planted_scores(pair, o.directions, o.called, o.alive),
+                "fve": o.fve,
+                "l0": o.l0,
+                "seconds": seconds,
+                "found": hit,
+                "p": pair.p[: len(hit)].tolist(),
+            }
+        ),
+    )
 
 # %% ../../nbs/research/91_truth.ipynb #9b0c0345
 def _label(s, method, pair, held, record, path):
     cc = load_native(path.with_suffix(".safetensors")).eval()
     table = evidence(cc, held, progress=False)
-    called, alive, d = label_features(table).label.to_numpy(), torch.tensor(table.rows_fired.to_numpy() > 0), (cc.directions(0), cc.directions(1))
+    called, alive, d = (
+        label_features(table).label.to_numpy(),
+        torch.tensor(table.rows_fired.to_numpy() > 0),
+        (cc.directions(0), cc.directions(1)),
+    )
     record["labelled"] = planted_scores(pair, d, called, alive)
-    if method == "ours": record |= {**record["labelled"], "found": found(pair, d, called, alive).tolist()}
+    if method == "ours":
+        record |= {**record["labelled"], "found": found(pair, d, called, alive).tolist()}
     write_atomic(path, json.dumps(record))

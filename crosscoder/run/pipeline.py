@@ -24,8 +24,20 @@ import pandas as pd
 
 from ..basics import BadInput, write_json
 from ..data.store import ActivationStore
-from ..folder import ACTIVATIONS_FOLDER, CHECKPOINT, CONFIG, DIFFERENCE_FOLDER, FEATURES, MODEL, SEEDS_FOLDER
-from ..folder import forget_config, save_table, update_config, write_evaluation, write_text_counts
+from crosscoder.folder import (
+    ACTIVATIONS_FOLDER,
+    CHECKPOINT,
+    CONFIG,
+    DIFFERENCE_FOLDER,
+    FEATURES,
+    MODEL,
+    SEEDS_FOLDER,
+    forget_config,
+    save_table,
+    update_config,
+    write_evaluation,
+    write_text_counts,
+)
 from ..model.crosscoder import CrossCoder
 from .run import Run
 from ..training.config import CARD_PROJECT, ModelConfig, TrainConfig, card_recipe
@@ -76,7 +88,9 @@ class SplitConfig:
 class RepeatConfig:
     "Repeats."
 
-    seeds: int = 1  # trainings from different seeds; the first is the result, the others say which of its features come back
+    seeds: int = (
+        1  # trainings from different seeds; the first is the result, the others say which of its features come back
+    )
 
 
 CONFIGS = (PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig, RepeatConfig)

@@ -31,72 +31,127 @@ from ..model.formats import TEMPLATES
 from .run import read_run
 
 # %% ../../nbs/run/61_report.ipynb #6d368faa
-def _svg(fig) -> str: # base64; ink takes the colour of text, light or dark
+def _svg(fig) -> str:  # base64; ink takes the colour of text, light or dark
     import matplotlib as mpl
+
     out = io.StringIO()
-    with mpl.rc_context(STYLE): fig.savefig(out, format="svg", transparent=True, dpi=150, metadata={"Date": None, "Creator": None})
+    with mpl.rc_context(STYLE):
+        fig.savefig(out, format="svg", transparent=True, dpi=150, metadata={"Date": None, "Creator": None})
     style = f"<style>svg {{ color: {INK} }} @media (prefers-color-scheme: dark) {{ svg {{ color: #e4e7eb }} }}</style>"
     svg = out.getvalue().replace(INK, "currentColor").replace("<defs>", style.replace(INK, "#1d2126") + "<defs>", 1)
     return base64.b64encode(svg.encode()).decode()
 
 # %% ../../nbs/run/61_report.ipynb #f539b0cd
-def score(table: pd.DataFrame # from `feature_table`
-         ) -> pd.Series: # one number a feature, 0 for dead ones
+def score(
+    table: pd.DataFrame,  # from `feature_table`
+) -> pd.Series:  # one number a feature, 0 for dead ones
     "Activation mass × contrast between sources; the mass alone if there is one source."
     mass = table.rate * table["mean"].fillna(0) * (table.norm_a + table.norm_b)
     contrast = [(2 * table[c] - 1).abs() for c in table if c.startswith("auroc_")]
     return mass * pd.concat(contrast, axis=1).max(axis=1) if contrast else mass
 
-def highlights(table: pd.DataFrame, # from `feature_table`
-               n: int = 10          # features in a list
-              ) -> tuple[dict, dict]: # source -> features by AUROC, label -> features by evidence (A, B) or by score
+
+def highlights(
+    table: pd.DataFrame,  # from `feature_table`
+    n: int = 10,  # features in a list
+) -> tuple[dict, dict]:  # source -> features by AUROC, label -> features by evidence (A, B) or by score
     "The features worth a look, of each source and of each label that occurs. Dead ones never."
     alive = table[table.rate > 0]
-    by_source = {s: alive.nlargest(n, f"auroc_{s}").index.tolist() for s in table.attrs["sources"] if f"auroc_{s}" in table}
+    by_source = {
+        s: alive.nlargest(n, f"auroc_{s}").index.tolist() for s in table.attrs["sources"] if f"auroc_{s}" in table
+    }
     evident = alive.sort_values(["share_high", "rate"], ascending=[True, False], kind="stable").index
     scored = score(alive).sort_values(ascending=False, kind="stable").index
     ranked = {p: alive.label[evident if p in ("A", "B") else scored] for p in COLORS}
     return by_source, {p: labels.index[labels == p][:n].tolist() for p, labels in ranked.items() if (labels == p).any()}
 
 # %% ../../nbs/run/61_report.ipynb #bef68466
-def _percent(share): return f"{100 * share:.3g} %"
+def _percent(share):
+    return f"{100 * share:.3g} %"
 
-NAMES = {"A": "only in A", "B": "only in B", "undecided": "undecided", "shared": "shared", "dead": "dead"} # labels in words
 
-def _evident(t, others): # what the evidence says of a feature, as short strings; `others`: number of other seeds
+NAMES = {
+    "A": "only in A",
+    "B": "only in B",
+    "undecided": "undecided",
+    "shared": "shared",
+    "dead": "dead",
+}  # labels in words
+
+
+def _evident(t, others):  # what the evidence says of a feature, as short strings; `others`: number of other seeds
     own, other = "AB" if t.probe_r2_a >= t.probe_r2_b else "BA"
-    if np.isnan(t.q_value): yield "fires in too few texts to tell"
-    if not np.isnan(t.share): yield f"share {t.share:.2f} ({t.share_low:.2f} to {t.share_high:.2f}): {other} carries {100 * t.share:.0f} % of what {own} does"
-    if t.label != "shared" and not np.isnan(t.q_value): yield f"q {t.q_value:.2g}" # of being in one model only
-    if "comes_back" in t: yield f"came back in {t.comes_back:.0f} of {others} other seed{'s' * (others != 1)}"
+    if np.isnan(t.q_value):
+        yield "fires in too few texts to tell"
+    if not np.isnan(t.share):
+        yield f"share {t.share:.2f} ({t.share_low:.2f} to {t.share_high:.2f}): {other} carries {100 * t.share:.0f} % of what {own} does"
+    if t.label != "shared" and not np.isnan(t.q_value):
+        yield f"q {t.q_value:.2g}"  # of being in one model only
+    if "comes_back" in t:
+        yield f"came back in {t.comes_back:.0f} of {others} other seed{'s' * (others != 1)}"
 
-def _facts(t, attrs, partitioned): # what the table says of a feature, as short strings
+
+def _facts(t, attrs, partitioned):  # what the table says of a feature, as short strings
     facts = [] if attrs["evidence"].startswith("none") else list(_evident(t, attrs.get("seeds")))
-    facts += [f"trained as {t.partition}"] * (partitioned and t.partition != t.label) + [f"R {t.relative_norm:.2f}", f"fires on {_percent(t.rate)}"]
+    facts += [f"trained as {t.partition}"] * (partitioned and t.partition != t.label) + [
+        f"R {t.relative_norm:.2f}",
+        f"fires on {_percent(t.rate)}",
+    ]
     for name, kind, form in [("rate", "rate", _percent), ("AUROC", "auroc", "{:.3f}".format)]:
-        if values := [f"{s} {form(t[f'{kind}_{s}'])}" for s in attrs["sources"] if f"{kind}_{s}" in t]: facts.append(f"{name}: {', '.join(values)}")
+        if values := [f"{s} {form(t[f'{kind}_{s}'])}" for s in attrs["sources"] if f"{kind}_{s}" in t]:
+            facts.append(f"{name}: {', '.join(values)}")
     return facts
 
 # %% ../../nbs/run/61_report.ipynb #5e85a438
-def _cards(r, store, features): # feature -> what the template shows of it
+def _cards(r, store, features):  # feature -> what the template shows of it
     wanted = [(j, e) for j in features for e in r.table.examples[j]]
     shown = {j: [] for j in features}
     for (j, e), pieces in zip(wanted, around(r.cc, store, wanted, width=100)):
         top = r.table["max"][j]
-        shown[j].append({"value": f"{e['value']:.3g}", "source": e["source"], "row": e["row"], "pieces": [
-            {"text": p.text, "style": shade(p.value, top), "value": f"{p.value:.3g}", "is_token": p.is_token} for p in pieces]})
+        shown[j].append(
+            {
+                "value": f"{e['value']:.3g}",
+                "source": e["source"],
+                "row": e["row"],
+                "pieces": [
+                    {"text": p.text, "style": shade(p.value, top), "value": f"{p.value:.3g}", "is_token": p.is_token}
+                    for p in pieces
+                ],
+            }
+        )
     partitioned = r.table.partition.nunique() > 1
-    return {j: {"number": j, "label": NAMES[(t := r.table.loc[j]).label], "css": t.label, "facts": _facts(t, r.table.attrs, partitioned), "examples": shown[j]} for j in features}
+    return {
+        j: {
+            "number": j,
+            "label": NAMES[(t := r.table.loc[j]).label],
+            "css": t.label,
+            "facts": _facts(t, r.table.attrs, partitioned),
+            "examples": shown[j],
+        }
+        for j in features
+    }
 
 # %% ../../nbs/run/61_report.ipynb #19749d5a
-def _untested(table): # why there is no evidence; empty if there is
+def _untested(table):  # why there is no evidence; empty if there is
     how = table.attrs["evidence"]
-    return how.removeprefix("none: ") if how.startswith("none") else "" if table.share.notna().any() else "no feature fired often enough"
+    return (
+        how.removeprefix("none: ")
+        if how.startswith("none")
+        else ""
+        if table.share.notna().any()
+        else "no feature fired often enough"
+    )
 
-def _asked(table): return table.attrs["evidence"].split(",")[0].replace("<=", "≤") # the q-value of the labels, where there is evidence
 
-def _verdict(table): # the one sentence to read
-    if why := _untested(table): return f"Which features are one model's alone was not tested: {why}."
+def _asked(table):
+    return (
+        table.attrs["evidence"].split(",")[0].replace("<=", "≤")
+    )  # the q-value of the labels, where there is evidence
+
+
+def _verdict(table):  # the one sentence to read
+    if why := _untested(table):
+        return f"Which features are one model's alone was not tested: {why}."
     counts = table.label.value_counts()
     n = {p: f"{counts[p]:,}" if p in counts else "none" for p in COLORS}
     unsure = f" For {n['undecided']} of them the held-out texts cannot tell." if "undecided" in counts else ""
@@ -104,107 +159,194 @@ def _verdict(table): # the one sentence to read
     return f"Of the {(table.rate > 0).sum():,} features that fired, {n['A']} only in A, {n['B']} only in B, {n['shared']} shared.{unsure}"
 
 # %% ../../nbs/run/61_report.ipynb #37644df0
-MEANS = {**dict.fromkeys("AB", "The other model carries less than a quarter of each of these, as far as a linear probe can read it on texts that training never saw. "
-                               "The clearest ones come first."),
-         "undecided": "These held-out texts cannot tell whose they are: they fire in too few of them, or what the other model carries is too uncertain.",
-         "shared": "Both models have them: the other one carries more than a quarter of each."}
+MEANS = {
+    **dict.fromkeys(
+        "AB",
+        "The other model carries less than a quarter of each of these, as far as a linear probe can read it on texts that training never saw. "
+        "The clearest ones come first.",
+    ),
+    "undecided": "These held-out texts cannot tell whose they are: they fire in too few of them, or what the other model carries is too uncertain.",
+    "shared": "Both models have them: the other one carries more than a quarter of each.",
+}
 
-def _sections(r, cards, by_source, by_label): # what the two lists of features show
-    first = next((s for s in by_source if "tool" in s.lower()), next(iter(by_source), None)) # the source a reader came for
-    for_source = [{"title": f"Highest AUROC for {s}", "small": f"{len(features)} features", "text": "", "open": s == first, "cards": [cards[j] for j in features]}
-                  for s, features in sorted(by_source.items(), key=lambda item: item[0] != first)]
+
+def _sections(r, cards, by_source, by_label):  # what the two lists of features show
+    first = next(
+        (s for s in by_source if "tool" in s.lower()), next(iter(by_source), None)
+    )  # the source a reader came for
+    for_source = [
+        {
+            "title": f"Highest AUROC for {s}",
+            "small": f"{len(features)} features",
+            "text": "",
+            "open": s == first,
+            "cards": [cards[j] for j in features],
+        }
+        for s, features in sorted(by_source.items(), key=lambda item: item[0] != first)
+    ]
     alive = r.table[r.table.rate > 0].label.value_counts()
     why = _untested(r.table)
-    for_label = [{"title": NAMES[p][0].upper() + NAMES[p][1:], "small": f"{len(features)} of {alive[p]:,} features", "text": f"Not tested: {why}." if why else MEANS[p],
-                  "open": p in ("A", "B") or len(by_label) == 1, "cards": [cards[j] for j in features]} for p, features in by_label.items()]
+    for_label = [
+        {
+            "title": NAMES[p][0].upper() + NAMES[p][1:],
+            "small": f"{len(features)} of {alive[p]:,} features",
+            "text": f"Not tested: {why}." if why else MEANS[p],
+            "open": p in ("A", "B") or len(by_label) == 1,
+            "cards": [cards[j] for j in features],
+        }
+        for p, features in by_label.items()
+    ]
     return for_source, for_label
 
-def _tiles(r): # the few numbers on top: what was found, and how well the dictionary explains the activations
+
+def _tiles(r):  # the few numbers on top: what was found, and how well the dictionary explains the activations
     table, labels = r.table, r.table.label.value_counts()
     q = "" if (why := _untested(table)) else f" ({_asked(table).replace(' ', '')})"
-    found = [("–" if why and p != "undecided" else f"{labels.get(p, 0):,}", f"features {NAMES[p]}{q if p in ('A', 'B') else ''}") for p in COLORS]
+    found = [
+        (
+            "–" if why and p != "undecided" else f"{labels.get(p, 0):,}",
+            f"features {NAMES[p]}{q if p in ('A', 'B') else ''}",
+        )
+        for p in COLORS
+    ]
     if "comes_back" in table and not why:
         seeds, back = table.attrs["seeds"], table.comes_back[table.label.isin(["A", "B"])]
         every = {1: "the other seed", 2: "both other seeds"}.get(seeds, f"all {seeds} other seeds")
         found.append((f"{(back == seeds).sum():,} of {len(back):,}", f"features only in A or B came back in {every}"))
-    fve = [(f"{r.evaluation[f'fve_{m}']:.3f}", f"FVE of model {m.upper()}") for m in ascii_lowercase[:len(r.cc.d_in)]]
-    return [found, [*fve, (f"{r.evaluation['l0_total']:.1f}", "L0, active features a token"),
-                    (_percent(r.evaluation["dead_fraction"]), f"of {r.cc.dict_size:,} features are dead")]]
+    fve = [(f"{r.evaluation[f'fve_{m}']:.3f}", f"FVE of model {m.upper()}") for m in ascii_lowercase[: len(r.cc.d_in)]]
+    return [
+        found,
+        [
+            *fve,
+            (f"{r.evaluation['l0_total']:.1f}", "L0, active features a token"),
+            (_percent(r.evaluation["dead_fraction"]), f"of {r.cc.dict_size:,} features are dead"),
+        ],
+    ]
 
-def _flat(value, name=""): # nested settings -> (dotted name, text) pairs
-    if isinstance(value, dict) and value: return [pair for k, v in value.items() for pair in _flat(v, f"{name}.{k}" if name else str(k))]
-    if isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value): return [(name, ", ".join(map(str, value)))]
+
+def _flat(value, name=""):  # nested settings -> (dotted name, text) pairs
+    if isinstance(value, dict) and value:
+        return [pair for k, v in value.items() for pair in _flat(v, f"{name}.{k}" if name else str(k))]
+    if isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value):
+        return [(name, ", ".join(map(str, value)))]
     return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
 # %% ../../nbs/run/61_report.ipynb #19d9dcea
-def _figures(r): # base64 SVG, alternative text and caption of each
-    out = [(plot_training(r.history), "Loss, FVE, L0 and dead features over training steps",
+def _figures(r):  # base64 SVG, alternative text and caption of each
+    out = [
+        (
+            plot_training(r.history),
+            "Loss, FVE, L0 and dead features over training steps",
             "Training, measured on the batches of the training part. A curve that becomes flat while the learning rate falls to 0 "
-            "has not shown that more steps would gain nothing."),
-           (plot_relative_norms(r.table), "Histogram of relative decoder norms by label",
+            "has not shown that more steps would gain nothing.",
+        ),
+        (
+            plot_relative_norms(r.table),
+            "Histogram of relative decoder norms by label",
             "How the features that fired share their decoder between the models: right is A alone, left is B alone. "
             "This is what training wrote; the colours say what the evidence found. The axis is logarithmic, and the bars of one interval stand side by side, here and below."
-            + " The features of the blocks A and B stand at 1 and 0 by construction." * (r.table.partition.nunique() > 1)),
-           _share_figure(r.table)]
+            + " The features of the blocks A and B stand at 1 and 0 by construction."
+            * (r.table.partition.nunique() > 1),
+        ),
+        _share_figure(r.table),
+    ]
     names = [s for s in r.table.attrs["sources"] if f"rate_{s}" in r.table][:2]
     if len(names) == 2:
-        out.append((plot_firing_rates(r.table, names), f"Firing rates in {names[0]} and {names[1]}",
-                    "A point is a feature. On the dotted line it fires as often in one source as in the other; far from it, it belongs to one of them."))
+        out.append(
+            (
+                plot_firing_rates(r.table, names),
+                f"Firing rates in {names[0]} and {names[1]}",
+                "A point is a feature. On the dotted line it fires as often in one source as in the other; far from it, it belongs to one of them.",
+            )
+        )
     return [{"data": fig and _svg(fig), "alt": alt, "caption": caption} for fig, alt, caption in out]
 
-def _share_figure(table): # figure, alternative text and caption; no figure if there is nothing to draw
-    if why := _untested(table): return None, "", f"How much of each feature the other model carries was not measured: {why}."
-    return (plot_share(table), "Histogram of the share of each feature that the other model carries, by label",
-            "How much of each feature the other model carries, read by linear probes on held-out texts: 1 is as much as its owner, 0 is nothing. "
-            "Shares are squared amplitudes, so 0.25 is half the amplitude. A feature is called A's or B's alone if the 95 % interval of its share "
-            f"lies to the left of the dotted line and the false discovery rate allows it ({_asked(table)}), shared if it lies to the right, and undecided otherwise.")
 
-def _looked_at(table): # one sentence on the rows behind the table
+def _share_figure(table):  # figure, alternative text and caption; no figure if there is nothing to draw
+    if why := _untested(table):
+        return None, "", f"How much of each feature the other model carries was not measured: {why}."
+    return (
+        plot_share(table),
+        "Histogram of the share of each feature that the other model carries, by label",
+        "How much of each feature the other model carries, read by linear probes on held-out texts: 1 is as much as its owner, 0 is nothing. "
+        "Shares are squared amplitudes, so 0.25 is half the amplitude. A feature is called A's or B's alone if the 95 % interval of its share "
+        f"lies to the left of the dotted line and the false discovery rate allows it ({_asked(table)}), shared if it lies to the right, and undecided otherwise.",
+    )
+
+
+def _looked_at(table):  # one sentence on the rows behind the table
     a = table.attrs
-    thinned = "" if a["rows"] == a["rows_total"] else f", evenly spread over the {a['rows_total']:,} there are (the rest was not looked at)"
-    return (f"The feature table was made from {a['rows']:,} held-out rows{thinned}. "
-            "Of tokens before which the texts read the same, and of tokens of one text, a feature shows the strongest only.")
+    thinned = (
+        ""
+        if a["rows"] == a["rows_total"]
+        else f", evenly spread over the {a['rows_total']:,} there are (the rest was not looked at)"
+    )
+    return (
+        f"The feature table was made from {a['rows']:,} held-out rows{thinned}. "
+        "Of tokens before which the texts read the same, and of tokens of one text, a feature shows the strongest only."
+    )
 
 # %% ../../nbs/run/61_report.ipynb #1ad1cedd
-def _check_store(r, store): # BadInput unless model and table can be from this store
+def _check_store(r, store):  # BadInput unless model and table can be from this store
     if tuple(store.d_in) != r.cc.d_in:
-        raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the run's model has {r.cc.d_in}: give the store it was trained on")
+        raise BadInput(
+            f"the store holds activations of widths {tuple(store.d_in)}, the run's model has {r.cc.d_in}: give the store it was trained on"
+        )
     text = store.rows.text.to_numpy()
     for e in (e for examples in r.table.examples for e in examples):
         if e["row"] >= len(text) or text[e["row"]] != e["text"]:
             found = f"text {text[e['row']]}" if e["row"] < len(text) else f"only {len(text)} rows"
-            raise BadInput(f"the feature table was not made from this store: the table says that row {e['row']} is of text {e['text']}, the store has {found}. "
-                           "Give the store it was made from, or run `crosscoder features` again")
+            raise BadInput(
+                f"the feature table was not made from this store: the table says that row {e['row']} is of text {e['text']}, the store has {found}. "
+                "Give the store it was made from, or run `crosscoder features` again"
+            )
 
-def _page(r, store): # everything the template shows
+
+def _page(r, store):  # everything the template shows
     by_source, by_label = highlights(r.table)
     cards = _cards(r, store, sorted({j for features in [*by_source.values(), *by_label.values()] for j in features}))
     for_source, for_label = _sections(r, cards, by_source, by_label)
     made = store.manifest["settings"]
     e, sizes = r.evaluation, ", ".join(f"{s} {n:,}" for s, n in r.table.attrs["sources"].items())
-    return {"names": made.get("pair", {}).get("names", ["model A", "model B"]), "tiles": _tiles(r),
-            "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()], "by_source": for_source, "by_label": for_label,
-            "verdict": _verdict(r.table), "untested": _untested(r.table), "evidence": r.table.attrs["evidence"].replace("<=", "≤"),
-            "subtitle": (f"Layer {made['layer']}, " if "layer" in made else "") + repr(r.cc),
-            "held_out": f"Measured on {e['rows']:,} held-out tokens of {e['texts']:,} texts that training never saw (rows by source: {sizes}).",
-            "score_text": "Features of one model alone come in the order of the evidence, the smallest share first; the others by activation mass "
-                          "(mean activation over all tokens × decoder norms) times contrast (largest |2·AUROC − 1| "
-                          "of any source), which chooses what to look at and concludes nothing.",
-            "figures": _figures(r), "counts": [(k, f"{v:,}") for k, v in store.manifest["counts"].items()], "looked_at": _looked_at(r.table),
-            "texts": [list(r.texts[0]), *(list(t.values()) for t in r.texts)] if r.texts else [],
-            "settings": [(name, _flat(v)) for name, v in r.config.items() if name != "run"],
-            "command": r.config.get("run", {}).get("command"), "versions": ", ".join(f"{k} {v}" for k, v in r.config.get("run", {}).get("versions", {}).items())}
+    return {
+        "names": made.get("pair", {}).get("names", ["model A", "model B"]),
+        "tiles": _tiles(r),
+        "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()],
+        "by_source": for_source,
+        "by_label": for_label,
+        "verdict": _verdict(r.table),
+        "untested": _untested(r.table),
+        "evidence": r.table.attrs["evidence"].replace("<=", "≤"),
+        "subtitle": (f"Layer {made['layer']}, " if "layer" in made else "") + repr(r.cc),
+        "held_out": f"Measured on {e['rows']:,} held-out tokens of {e['texts']:,} texts that training never saw (rows by source: {sizes}).",
+        "score_text": "Features of one model alone come in the order of the evidence, the smallest share first; the others by activation mass "
+        "(mean activation over all tokens × decoder norms) times contrast (largest |2·AUROC − 1| "
+        "of any source), which chooses what to look at and concludes nothing.",
+        "figures": _figures(r),
+        "counts": [(k, f"{v:,}") for k, v in store.manifest["counts"].items()],
+        "looked_at": _looked_at(r.table),
+        "texts": [list(r.texts[0]), *(list(t.values()) for t in r.texts)] if r.texts else [],
+        "settings": [(name, _flat(v)) for name, v in r.config.items() if name != "run"],
+        "command": r.config.get("run", {}).get("command"),
+        "versions": ", ".join(f"{k} {v}" for k, v in r.config.get("run", {}).get("versions", {}).items()),
+    }
 
 # %% ../../nbs/run/61_report.ipynb #a0890773
-def write_report(run,      # folder of a finished run
-                 store,    # the store that its activations are in
-                 path=None # where the page goes; `report.html` in the run's folder if left out
-                ) -> Path:
+def write_report(
+    run,  # folder of a finished run
+    store,  # the store that its activations are in
+    path=None,  # where the page goes; `report.html` in the run's folder if left out
+) -> Path:
     "One self-contained HTML page about a run. A file of the run that is missing, or another run's store, raises `BadInput`."
     r = read_run(run)
     _check_store(r, store)
-    env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                      finalize=lambda v: printable(v) if type(v) is str else v) # what is Markup already has been through here
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda v: printable(v) if type(v) is str else v,
+    )  # what is Markup already has been through here
     path = Path(path or Path(run) / "report.html")
     write_atomic(path, env.get_template("report.html").render(_page(r, store)))
     return path

@@ -14,8 +14,20 @@ import pandas as pd
 
 from ..basics import BadInput
 from ..data.store import ActivationStore, StorePart
-from ..folder import ACTIVATIONS_FOLDER, FEATURES, MADE_BY, MODEL, SEEDS_FOLDER, load_table, made_again_with
-from ..folder import mean_fve, read_config, read_evaluation, read_metrics, read_text_counts
+from crosscoder.folder import (
+    ACTIVATIONS_FOLDER,
+    FEATURES,
+    MADE_BY,
+    MODEL,
+    SEEDS_FOLDER,
+    load_table,
+    made_again_with,
+    mean_fve,
+    read_config,
+    read_evaluation,
+    read_metrics,
+    read_text_counts,
+)
 from ..model.crosscoder import CrossCoder
 
 # %% ../../nbs/run/60_run.ipynb #e0000006

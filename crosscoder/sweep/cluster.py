@@ -29,51 +29,88 @@ from filelock import FileLock, Timeout
 from ..basics import BadInput, cache_dir, write_atomic
 
 # %% ../../nbs/sweep/73_cluster.ipynb #3a3fe51f
-def _place(url): # a folder or an fsspec URL -> its file system, and the path in it
-    try: return fsspec.core.url_to_fs(str(url))
-    except ImportError as e: raise BadInput(f"{url} cannot be opened: {e} with pip, on every node") from None
-    except ValueError as e: raise BadInput(f"{url} cannot be opened: {e}. Expected a folder, or a URL such as s3://bucket/folder") from None
+def _place(url):  # a folder or an fsspec URL -> its file system, and the path in it
+    try:
+        return fsspec.core.url_to_fs(str(url))
+    except ImportError as e:
+        raise BadInput(f"{url} cannot be opened: {e} with pip, on every node") from None
+    except ValueError as e:
+        raise BadInput(f"{url} cannot be opened: {e}. Expected a folder, or a URL such as s3://bucket/folder") from None
 
-def _absolute(url): # nodes have other working folders than the driver
+
+def _absolute(url):  # nodes have other working folders than the driver
     return str(url) if "://" in str(url) else f"file://{Path(url).expanduser().absolute()}"
 
 # %% ../../nbs/sweep/73_cluster.ipynb #28ec0042
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos", "hf"} # a file appears there when it is whole
+OBJECT_STORES = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "az",
+    "oci",
+    "oss",
+    "tos",
+    "hf",
+}  # a file appears there when it is whole
 
-def _put(fs, path, write): # write(path) makes the file
+
+def _put(fs, path, write):  # write(path) makes the file
     parent, _, name = path.rpartition("/")
-    if OBJECT_STORES & {fs.protocol, *fs.protocol}: return write(path)
+    if OBJECT_STORES & {fs.protocol, *fs.protocol}:
+        return write(path)
     fs.makedirs(parent, exist_ok=True)
     part = f"{parent}/.{name}.{uuid4().hex}.tmp"
     write(part)
     fs.mv(part, path)
 
-def _drop(fs, path, root): # remove a file of the run in root, and its folder if it was the last in it
-    with suppress(FileNotFoundError): fs.rm_file(path)
-    if (folder := path.rpartition("/")[0]) != root:
-        with suppress(Exception): fs.rmdir(folder) # a bucket has no folders
 
-def _is_temporary(path): return re.fullmatch(r"\..*\.tmp", path.rpartition("/")[2]) is not None
+def _drop(fs, path, root):  # remove a file of the run in root, and its folder if it was the last in it
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+    if (folder := path.rpartition("/")[0]) != root:
+        with suppress(Exception):
+            fs.rmdir(folder)  # a bucket has no folders
+
+
+def _is_temporary(path):
+    return re.fullmatch(r"\..*\.tmp", path.rpartition("/")[2]) is not None
 
 # %% ../../nbs/sweep/73_cluster.ipynb #9548647a
 CLAIM, ERROR = "task.json", "error.txt"
 
+
 class Attempt:
     "One try at a run: its folder on this node, and the run's folder in `out`."
-    def __init__(self,
-                 url,         # the run's folder: a path that all nodes see, or an fsspec URL
-                 folder,      # the run's folder on this node
-                 session: str # number of the driver that wants it
-                ):
+
+    def __init__(
+        self,
+        url,  # the run's folder: a path that all nodes see, or an fsspec URL
+        folder,  # the run's folder on this node
+        session: str,  # number of the driver that wants it
+    ):
         self.fs, self.root = _place(url)
-        self.folder, self.session, self.known = Path(folder), session, {} # known: what is in `out` by name
-        self.claim = {"session": session, "attempt": uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "last": None}
+        self.folder, self.session, self.known = Path(folder), session, {}  # known: what is in `out` by name
+        self.claim = {
+            "session": session,
+            "attempt": uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "last": None,
+        }
 
-def _read_claim(fs, root): # of a run's folder; None if there is none
-    try: return json.loads(fs.cat_file(f"{root}/{CLAIM}"))
-    except FileNotFoundError: return None
 
-def _write_claim(fs, root, claim): _put(fs, f"{root}/{CLAIM}", lambda path: fs.pipe_file(path, json.dumps(claim).encode()))
+def _read_claim(fs, root):  # of a run's folder; None if there is none
+    try:
+        return json.loads(fs.cat_file(f"{root}/{CLAIM}"))
+    except FileNotFoundError:
+        return None
+
+
+def _write_claim(fs, root, claim):
+    _put(fs, f"{root}/{CLAIM}", lambda path: fs.pipe_file(path, json.dumps(claim).encode()))
 
 # %% ../../nbs/sweep/73_cluster.ipynb #d22edc01
 @patch
@@ -81,23 +118,31 @@ def begin(self: Attempt):
     "Claim the run; raises `BadInput` if this node does not see what the driver has written, or another driver has come since."
     found = _read_claim(self.fs, self.root)
     if found is None:
-        raise BadInput(f"the node {self.claim['host']} does not see what the driver has written to {self.root}. Expected a folder that is the same on all nodes, or a URL such as s3://bucket/folder")
-    if found["session"] != self.session: raise BadInput(self._taken())
+        raise BadInput(
+            f"the node {self.claim['host']} does not see what the driver has written to {self.root}. Expected a folder that is the same on all nodes, or a URL such as s3://bucket/folder"
+        )
+    if found["session"] != self.session:
+        raise BadInput(self._taken())
     _write_claim(self.fs, self.root, self.claim)
+
 
 @patch
 def check(self: Attempt):
     "Raises `BadInput` if another try has claimed the run since."
     found = _read_claim(self.fs, self.root)
-    if not found or found["attempt"] != self.claim["attempt"]: raise BadInput(self._taken())
+    if not found or found["attempt"] != self.claim["attempt"]:
+        raise BadInput(self._taken())
+
 
 @patch
-def _taken(self: Attempt): return f"another task works on {self.root}: was the sweep started twice? Nothing more was written by this one"
+def _taken(self: Attempt):
+    return f"another task works on {self.root}: was the sweep started twice? Nothing more was written by this one"
 
 # %% ../../nbs/sweep/73_cluster.ipynb #acf375a6
-def _stamp(path): # differs when the file was written again, or appended to
+def _stamp(path):  # differs when the file was written again, or appended to
     s = os.stat(path)
     return s.st_mtime_ns, s.st_size, s.st_ino
+
 
 @patch
 def fetch(self: Attempt):
@@ -105,8 +150,9 @@ def fetch(self: Attempt):
     self.folder.mkdir(parents=True, exist_ok=True)
     self.fs.invalidate_cache()
     for path in self.fs.find(self.root):
-        name = path[len(self.root):].lstrip("/")
-        if name == ERROR or _is_temporary(name): self.fs.rm_file(path)
+        name = path[len(self.root) :].lstrip("/")
+        if name == ERROR or _is_temporary(name):
+            self.fs.rm_file(path)
         elif name != CLAIM:
             local = self.folder / name
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -114,16 +160,20 @@ def fetch(self: Attempt):
             self.known[name] = _stamp(local)
 
 # %% ../../nbs/sweep/73_cluster.ipynb #1bf25a88
-def _files(folder): # names of the files in it that are whole; links (W&B makes some) lead elsewhere
+def _files(folder):  # names of the files in it that are whole; links (W&B makes some) lead elsewhere
     for top, _, names in os.walk(folder):
         for name in names:
             path = Path(top, name)
-            if not _is_temporary(name) and path.is_file() and not path.is_symlink(): yield path.relative_to(folder).as_posix()
+            if not _is_temporary(name) and path.is_file() and not path.is_symlink():
+                yield path.relative_to(folder).as_posix()
 
-def _hold(folder, held): # a second name for each file in `held` -> {name: (file there, stamp)}
+
+def _hold(folder, held):  # a second name for each file in `held` -> {name: (file there, stamp)}
     found = {}
-    for name in sorted(_files(folder), key=lambda n: n.endswith(".jsonl")): # logs last: their length is looked at when the others are held
-        with suppress(FileNotFoundError): # removed since
+    for name in sorted(
+        _files(folder), key=lambda n: n.endswith(".jsonl")
+    ):  # logs last: their length is looked at when the others are held
+        with suppress(FileNotFoundError):  # removed since
             path = Path(held, str(len(found)))
             os.link(folder / name, path)
             found[name] = path, _stamp(path)
@@ -141,15 +191,18 @@ def push(self: Attempt):
             path, stamp = now[name]
             _put(self.fs, f"{self.root}/{name}", lambda to: self.fs.put_file(str(path), to))
             self.known[name] = stamp
-        for name in self.known.keys() - now.keys(): # e.g. the checkpoint of a run that is done
+        for name in self.known.keys() - now.keys():  # e.g. the checkpoint of a run that is done
             _drop(self.fs, f"{self.root}/{name}", self.root)
             del self.known[name]
     last = _last_row(self.folder / "metrics.jsonl")
-    if last != self.claim["last"]: _write_claim(self.fs, self.root, {**self.claim, "last": last})
+    if last != self.claim["last"]:
+        _write_claim(self.fs, self.root, {**self.claim, "last": last})
     self.claim["last"] = last
 
-def _last_row(path): # the last whole line, or None
-    if not path.exists(): return None
+
+def _last_row(path):  # the last whole line, or None
+    if not path.exists():
+        return None
     with open(path, "rb") as f:
         f.seek(max(0, path.stat().st_size - 16384))
         lines = f.read().split(b"\n")[:-1]
@@ -158,208 +211,315 @@ def _last_row(path): # the last whole line, or None
 # %% ../../nbs/sweep/73_cluster.ipynb #97f630e7
 @patch
 @contextmanager
-def pushing(self: Attempt,
-            every: float # seconds between two looks at the folder
-           ):
+def pushing(
+    self: Attempt,
+    every: float,  # seconds between two looks at the folder
+):
     "Push again and again while the block runs."
     ended = threading.Event()
+
     def loop():
         while not ended.wait(every):
-            with suppress(Exception): self.push()
+            with suppress(Exception):
+                self.push()
+
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
-    try: yield
+    try:
+        yield
     finally:
         ended.set()
         thread.join()
 
 # %% ../../nbs/sweep/73_cluster.ipynb #f660395c
 @contextmanager
-def _scratch(): # -> a folder on this node, removed in the end, by whomever
+def _scratch():  # -> a folder on this node, removed in the end, by whomever
     base = Path(tempfile.gettempdir()) / f"crosscoder-{getattr(os, 'getuid', str)()}"
     base.mkdir(mode=0o700, exist_ok=True)
     for left in base.glob("*.lock"):
-        with suppress(Timeout), FileLock(left, timeout=0): _remove(left.with_suffix(""))
+        with suppress(Timeout), FileLock(left, timeout=0):
+            _remove(left.with_suffix(""))
     folder = base / uuid4().hex
     with FileLock(f"{folder}.lock"):
         folder.mkdir()
-        try: yield folder
-        finally: _remove(folder)
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
 
 def _remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
     Path(f"{folder}.lock").unlink(missing_ok=True)
 
 # %% ../../nbs/sweep/73_cluster.ipynb #351bc339
-def _task(run, name, job, url, session, threads, every): # what Ray runs on a node -> its claim, and "error": text or None
+def _task(
+    run, name, job, url, session, threads, every
+):  # what Ray runs on a node -> its claim, and "error": text or None
     torch.set_num_threads(threads)
     with _scratch() as scratch:
         attempt = Attempt(f"{url}/{name}", scratch / name, session)
         with _may_pass(attempt.root):
             attempt.begin()
             attempt.fetch()
-        with attempt.pushing(every): error = _guarded(run, job, attempt.folder)
+        with attempt.pushing(every):
+            error = _guarded(run, job, attempt.folder)
         with _may_pass(attempt.root):
             attempt.push()
             attempt.fs.rm_file(f"{attempt.root}/{CLAIM}")
     return {**attempt.claim, "error": error}
 
-@contextmanager
-def _may_pass(where): # whatever a place raises is an OSError
-    try: yield
-    except BadInput: raise
-    except Exception as e: raise OSError(f"{where}: {type(e).__name__}: {e}") from e
 
-def _guarded(run, job, folder): # do the run -> None, or its error, which is in error.txt too
-    try: run(job, folder)
+@contextmanager
+def _may_pass(where):  # whatever a place raises is an OSError
+    try:
+        yield
+    except BadInput:
+        raise
     except Exception as e:
-        if isinstance(e, OSError) and not isinstance(e, (FileNotFoundError, PermissionError)): raise
+        raise OSError(f"{where}: {type(e).__name__}: {e}") from e
+
+
+def _guarded(run, job, folder):  # do the run -> None, or its error, which is in error.txt too
+    try:
+        run(job, folder)
+    except Exception as e:
+        if isinstance(e, OSError) and not isinstance(e, (FileNotFoundError, PermissionError)):
+            raise
         write_atomic(folder / ERROR, error := describe_error(e))
         return error
 
-def describe_error(e) -> str: # what error.txt holds
+
+def describe_error(e) -> str:  # what error.txt holds
     "A line for people, then the traceback."
     return f"{_headline(e)}\n\n{''.join(traceback.format_exception(e))}"
 
-def _headline(e): return str(e) if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
+
+def _headline(e):
+    return str(e) if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
 
 # %% ../../nbs/sweep/73_cluster.ipynb #156bb50c
-def _fetch_file(fs, path, local, sha256): # unless it is there
+def _fetch_file(fs, path, local, sha256):  # unless it is there
     def matches(file):
-        with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() == sha256
-    if local.exists() and matches(local): return
+        with open(file, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest() == sha256
+
+    if local.exists() and matches(local):
+        return
     part = local.with_name(f".{local.name}.tmp")
-    try: fs.get_file(path, str(part))
-    except FileNotFoundError: raise BadInput(f"{path} is missing, and the store's manifest lists it. Put the whole store there, or extract again") from None
-    if not matches(part): raise BadInput(f"{path} is not what the store's manifest says: its checksum is another. Put the whole store there again, or extract again")
+    try:
+        fs.get_file(path, str(part))
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path} is missing, and the store's manifest lists it. Put the whole store there, or extract again"
+        ) from None
+    if not matches(part):
+        raise BadInput(
+            f"{path} is not what the store's manifest says: its checksum is another. Put the whole store there again, or extract again"
+        )
     os.replace(part, local)
 
-def local_store(source,    # a store's folder, or the URL of one
-                cache=None # folder for what is fetched; the cache folder of this machine if left out
-               ) -> Path:
+
+def local_store(
+    source,  # a store's folder, or the URL of one
+    cache=None,  # folder for what is fetched; the cache folder of this machine if left out
+) -> Path:
     "The folder of a store on this node. A URL is fetched once on each node, and verified; raises `BadInput` if something is missing or altered."
-    if "://" not in str(source): return Path(source)
+    if "://" not in str(source):
+        return Path(source)
     fs, root = _place(source)
-    try: manifest = fs.cat_file(f"{root}/manifest.json")
-    except FileNotFoundError: raise BadInput(f"{source} is not an activation store: it has no manifest.json") from None
+    try:
+        manifest = fs.cat_file(f"{root}/manifest.json")
+    except FileNotFoundError:
+        raise BadInput(f"{source} is not an activation store: it has no manifest.json") from None
     folder = Path(cache or cache_dir()) / "stores" / hashlib.sha256(str(source).encode() + manifest).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if (folder / "manifest.json").exists(): return folder
-        files = [(f"{s['name']}{end}", s[sha]) for s in json.loads(manifest)["shards"] for end, sha in ((".safetensors", "sha256"), (".jsonl", "texts_sha256"))]
-        if bad := [name for name, _ in files if not re.fullmatch(r"\w+\.\w+", name)]: raise BadInput(f"{source}/manifest.json lists a shard {bad[0]!r}: expected a plain name")
-        with ThreadPoolExecutor(8) as pool: list(pool.map(lambda f: _fetch_file(fs, f"{root}/{f[0]}", folder / f[0], f[1]), files))
+        if (folder / "manifest.json").exists():
+            return folder
+        files = [
+            (f"{s['name']}{end}", s[sha])
+            for s in json.loads(manifest)["shards"]
+            for end, sha in ((".safetensors", "sha256"), (".jsonl", "texts_sha256"))
+        ]
+        if bad := [name for name, _ in files if not re.fullmatch(r"\w+\.\w+", name)]:
+            raise BadInput(f"{source}/manifest.json lists a shard {bad[0]!r}: expected a plain name")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda f: _fetch_file(fs, f"{root}/{f[0]}", folder / f[0], f[1]), files))
         write_atomic(folder / "manifest.json", manifest)
     return folder
 
 # %% ../../nbs/sweep/73_cluster.ipynb #5c461eea
 class _Watch:
     "Turns claims into events."
-    def __init__(self, fs, root, session, tell): self.fs, self.root, self.session, self.tell, self.seen = fs, root, session, tell, {}
 
-    def look(self, names): # at runs that have not ended
+    def __init__(self, fs, root, session, tell):
+        self.fs, self.root, self.session, self.tell, self.seen = fs, root, session, tell, {}
+
+    def look(self, names):  # at runs that have not ended
         try:
-            with ThreadPoolExecutor(16) as pool: claims = list(pool.map(lambda n: _read_claim(self.fs, f"{self.root}/{n}"), names))
-        except Exception as e: return warnings.warn(f"{self.root} did not answer, the runs go on: {type(e).__name__}: {e}")
+            with ThreadPoolExecutor(16) as pool:
+                claims = list(pool.map(lambda n: _read_claim(self.fs, f"{self.root}/{n}"), names))
+        except Exception as e:
+            return warnings.warn(f"{self.root} did not answer, the runs go on: {type(e).__name__}: {e}")
         for name, claim in zip(names, claims):
-            if claim and claim["session"] == self.session and claim["attempt"]: self.tell_of(name, claim)
+            if claim and claim["session"] == self.session and claim["attempt"]:
+                self.tell_of(name, claim)
 
     def tell_of(self, name, claim):
         before = self.seen.get(name, {"attempt": None, "last": None})
-        if claim["attempt"] != before["attempt"]: self.tell(name, "retried" if before["attempt"] else "started", {k: claim[k] for k in ("host", "pid")})
-        if claim["last"] and claim["last"] != before["last"]: self.tell(name, "step", claim["last"])
+        if claim["attempt"] != before["attempt"]:
+            self.tell(name, "retried" if before["attempt"] else "started", {k: claim[k] for k in ("host", "pid")})
+        if claim["last"] and claim["last"] != before["last"]:
+            self.tell(name, "step", claim["last"])
         self.seen[name] = claim
 
 # %% ../../nbs/sweep/73_cluster.ipynb #9d6547a1
 def _ray():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|retries remaining|Raylet is terminated|has been marked dead")
-    try: import ray
-    except ImportError: raise BadInput("running on a cluster needs Ray, which is not installed: pip install 'crosscoder[cluster]'") from None
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX",
+        "worker died or was killed|retries remaining|Raylet is terminated|has been marked dead",
+    )
+    try:
+        import ray
+    except ImportError:
+        raise BadInput(
+            "running on a cluster needs Ray, which is not installed: pip install 'crosscoder[cluster]'"
+        ) from None
     return ray
 
-def _check_answers(address): # Ray itself tries for minutes, and then ends the process
+
+def _check_answers(address):  # Ray itself tries for minutes, and then ends the process
     found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
-    try: return found and socket.create_connection(found.groups(), timeout=10).close()
+    try:
+        return found and socket.create_connection(found.groups(), timeout=10).close()
     except OSError as e:
-        raise BadInput(f"no Ray cluster answers at {address}: {e}. Start one with `ray start --head`, or name no address for this machine alone") from None
+        raise BadInput(
+            f"no Ray cluster answers at {address}: {e}. Start one with `ray start --head`, or name no address for this machine alone"
+        ) from None
+
 
 @contextmanager
-def _cluster(address): # -> ray, in a session
+def _cluster(address):  # -> ray, in a session
     ray = _ray()
     if ray.is_initialized():
         yield ray
         return
     _check_answers(address or os.environ.get("RAY_ADDRESS") or "")
-    try: ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError) as e: raise BadInput(f"Ray could not start: {e}") from None
-    try: yield ray
-    finally: ray.shutdown()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError) as e:
+        raise BadInput(f"Ray could not start: {e}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 # %% ../../nbs/sweep/73_cluster.ipynb #0ba9c6e3
-def _check_room(nodes, # resources of each node by name
-                cpus, gpus, grows):
-    if gpus > 1 and gpus != int(gpus): raise BadInput(f"gpus is {gpus}: expected a whole number, or a share below 1 for several runs on one GPU")
-    if any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes): return
+def _check_room(
+    nodes,  # resources of each node by name
+    cpus,
+    gpus,
+    grows,
+):
+    if gpus > 1 and gpus != int(gpus):
+        raise BadInput(f"gpus is {gpus}: expected a whole number, or a share below 1 for several runs on one GPU")
+    if any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
+        return
     found = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
     message = f"a run needs {cpus:g} CPUs and {gpus:g} GPUs at once, and no node has them ({found})"
-    if not grows: raise BadInput(f"{message}. Ask for less, or name a larger cluster's address")
+    if not grows:
+        raise BadInput(f"{message}. Ask for less, or name a larger cluster's address")
     warnings.warn(f"{message}: the runs wait for a node that has")
 
 # %% ../../nbs/sweep/73_cluster.ipynb #a9071d2c
 def _check_names(names):
     for name in names:
-        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII): raise BadInput(f"a run is named {name!r}: expected letters, digits and . + - _, for it names a folder")
-    if twice := sorted({n for n in names if names.count(n) > 1}): raise BadInput(f"two runs have the name {twice[0]!r}: each needs one of its own, for it names a folder")
+        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
+            raise BadInput(f"a run is named {name!r}: expected letters, digits and . + - _, for it names a folder")
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise BadInput(f"two runs have the name {twice[0]!r}: each needs one of its own, for it names a folder")
 
-def _is_done(fs, root, last): # a run; tidies up after it
-    if not fs.exists(f"{root}/{last}"): return False
+
+def _is_done(fs, root, last):  # a run; tidies up after it
+    if not fs.exists(f"{root}/{last}"):
+        return False
     if _read_claim(fs, root):
-        over = [p for p in fs.find(root) if _is_temporary(p) or "checkpoint" in p[len(root):].split("/")[:-1]]
-        for path in [*over, f"{root}/{CLAIM}"]: _drop(fs, path, root) # the claim last, should this be killed too
+        over = [p for p in fs.find(root) if _is_temporary(p) or "checkpoint" in p[len(root) :].split("/")[:-1]]
+        for path in [*over, f"{root}/{CLAIM}"]:
+            _drop(fs, path, root)  # the claim last, should this be killed too
     return True
 
-def _offer(fs, root, names, session): # all runs that are to be done, before any task starts
-    try:
-        for name in names: _write_claim(fs, f"{root}/{name}", {"session": session, "attempt": None})
-    except Exception as e: raise BadInput(f"{root} cannot be written: {type(e).__name__}: {e}") from None
 
-def _outcome(ray, ref, fs, root, last, session): # how a task ended -> its claim if it came back, and "error": text or None
-    try: end = ray.get(ref)
-    except Exception as e: end = {"error": f"{_headline(getattr(e, 'cause', None) or e)}\n\n{e}"}
+def _offer(fs, root, names, session):  # all runs that are to be done, before any task starts
+    try:
+        for name in names:
+            _write_claim(fs, f"{root}/{name}", {"session": session, "attempt": None})
+    except Exception as e:
+        raise BadInput(f"{root} cannot be written: {type(e).__name__}: {e}") from None
+
+
+def _outcome(
+    ray, ref, fs, root, last, session
+):  # how a task ended -> its claim if it came back, and "error": text or None
+    try:
+        end = ray.get(ref)
+    except Exception as e:
+        end = {"error": f"{_headline(getattr(e, 'cause', None) or e)}\n\n{e}"}
     else:
         fs.invalidate_cache()
-        if end["error"] or fs.exists(f"{root}/{last}"): return end
+        if end["error"] or fs.exists(f"{root}/{last}"):
+            return end
         end["error"] = f"the run ended, and {root} has no {last}"
-    if (_read_claim(fs, root) or {"session": session})["session"] == session: # or it is another driver's by now
+    if (_read_claim(fs, root) or {"session": session})["session"] == session:  # or it is another driver's by now
         _put(fs, f"{root}/{ERROR}", lambda path: fs.pipe_file(path, end["error"].encode()))
-        with suppress(FileNotFoundError): fs.rm_file(f"{root}/{CLAIM}")
+        with suppress(FileNotFoundError):
+            fs.rm_file(f"{root}/{CLAIM}")
     return end
 
 # %% ../../nbs/sweep/73_cluster.ipynb #4c833533
-def run_on_ray(run,                       # run(job, folder) does one run in a local folder, goes on with what it finds there; importable on every node
-               jobs,                      # list of (name, job); a job is whatever `run` wants, and pickles
-               out,                       # a folder that all nodes see, or an fsspec URL; each run has a folder of its name in it
-               address: str | None = None,# of the cluster; None is Ray's own choice, "local" this machine alone; a session that is open is used as it is
-               cpus: float = 1,           # CPUs, and threads, of a run
-               gpus: float = 0,           # GPUs of a run; below 1, several runs share one
-               last: str = "model.safetensors", # file that a run writes last: where it is, the run is done
-               retries: int = 5,          # how often a run may lose its process or node
-               every: float = 1.0,        # seconds between two looks at the files
-               on_event=None              # on_event(name, event, info), called in this process
-              ) -> dict: # for each run by name its error, or None
+def run_on_ray(
+    run,  # run(job, folder) does one run in a local folder, goes on with what it finds there; importable on every node
+    jobs,  # list of (name, job); a job is whatever `run` wants, and pickles
+    out,  # a folder that all nodes see, or an fsspec URL; each run has a folder of its name in it
+    address: str
+    | None = None,  # of the cluster; None is Ray's own choice, "local" this machine alone; a session that is open is used as it is
+    cpus: float = 1,  # CPUs, and threads, of a run
+    gpus: float = 0,  # GPUs of a run; below 1, several runs share one
+    last: str = "model.safetensors",  # file that a run writes last: where it is, the run is done
+    retries: int = 5,  # how often a run may lose its process or node
+    every: float = 1.0,  # seconds between two looks at the files
+    on_event=None,  # on_event(name, event, info), called in this process
+) -> dict:  # for each run by name its error, or None
     "Do all runs that are not done, each as a task on a Ray cluster; raises `BadInput` if it cannot begin. A run that fails leaves error.txt."
-    names, url, session, tell = [name for name, _ in jobs], _absolute(out), uuid4().hex, on_event if on_event is not None else lambda *event: None
+    names, url, session, tell = (
+        [name for name, _ in jobs],
+        _absolute(out),
+        uuid4().hex,
+        on_event if on_event is not None else lambda *event: None,
+    )
     _check_names(names)
     fs, root = _place(url)
     errors = {name: None for name in names if _is_done(fs, f"{root}/{name}", last)}
-    for name in errors: tell(name, "done", {})
-    if len(errors) == len(names): return errors
+    for name in errors:
+        tell(name, "done", {})
+    if len(errors) == len(names):
+        return errors
     with _cluster(address) as ray:
-        _check_room([n["Resources"] for n in ray.nodes() if n["Alive"]], cpus, gpus, grows=(address or os.environ.get("RAY_ADDRESS") or "local") != "local")
+        _check_room(
+            [n["Resources"] for n in ray.nodes() if n["Alive"]],
+            cpus,
+            gpus,
+            grows=(address or os.environ.get("RAY_ADDRESS") or "local") != "local",
+        )
         _offer(fs, root, [n for n in names if n not in errors], session)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=[OSError])(_task)
-        waiting = {task.options(name=name).remote(run, name, job, url, session, max(1, int(cpus)), every): name for name, job in jobs if name not in errors}
+        waiting = {
+            task.options(name=name).remote(run, name, job, url, session, max(1, int(cpus)), every): name
+            for name, job in jobs
+            if name not in errors
+        }
         watch = _Watch(fs, root, session, tell)
         try:
             while waiting:
@@ -368,8 +528,10 @@ def run_on_ray(run,                       # run(job, folder) does one run in a l
                 for ref in ready:
                     end = _outcome(ray, ref, fs, f"{root}/{(name := waiting.pop(ref))}", last, session)
                     errors[name] = end["error"]
-                    if "attempt" in end: watch.tell_of(name, end) # what a short run did between two looks
+                    if "attempt" in end:
+                        watch.tell_of(name, end)  # what a short run did between two looks
                     tell(name, *(("failed", {"error": end["error"]}) if end["error"] else ("done", end["last"] or {})))
         finally:
-            for ref in waiting: ray.cancel(ref, force=True)
+            for ref in waiting:
+                ray.cancel(ref, force=True)
     return {name: errors[name] for name in names}

@@ -19,24 +19,34 @@ import yaml
 from fastcore.basics import patch
 
 from ..basics import BadInput
-from ..training.config import _to_type, card_recipe, FIELDS, ModelConfig, TrainConfig
+from ..training.config import FIELDS, ModelConfig, TrainConfig, _to_type, card_recipe
 
 # %% ../../nbs/sweep/70_grid.ipynb #6d5535a3
 @dataclass(frozen=True)
 class RunSpec:
     "One run of a sweep."
+
     name: str
-    settings: dict = field(default_factory=dict) # field of `ModelConfig` or `TrainConfig` -> value; what is left out takes its default
+    settings: dict = field(
+        default_factory=dict
+    )  # field of `ModelConfig` or `TrainConfig` -> value; what is left out takes its default
 
     def __post_init__(self):
         if not re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII):
-            raise BadInput(f"a run cannot be called {self.name!r}: expected letters, digits, dots, dashes and underscores, for it names a folder")
+            raise BadInput(
+                f"a run cannot be called {self.name!r}: expected letters, digits, dots, dashes and underscores, for it names a folder"
+            )
         for key in self.settings:
-            if key in FIELDS: continue
+            if key in FIELDS:
+                continue
             near = difflib.get_close_matches(str(key), FIELDS, 1)
-            raise BadInput(f"cell {self.name}: there is no setting {key!r}; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(FIELDS)}")
-        try: given = {key: _to_type(key, value) for key, value in self.settings.items()}
-        except ValueError as e: raise BadInput(f"cell {self.name}: {e}") from None
+            raise BadInput(
+                f"cell {self.name}: there is no setting {key!r}; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(FIELDS)}"
+            )
+        try:
+            given = {key: _to_type(key, value) for key, value in self.settings.items()}
+        except ValueError as e:
+            raise BadInput(f"cell {self.name}: {e}") from None
         object.__setattr__(self, "settings", {**{key: f.default for key, f in FIELDS.items()}, **given})
 
 # %% ../../nbs/sweep/70_grid.ipynb #784296c4
@@ -45,10 +55,12 @@ def model(self: RunSpec) -> ModelConfig:
     "The run's crosscoder."
     return ModelConfig(**{f.name: self.settings[f.name] for f in fields(ModelConfig)})
 
+
 @patch
 def training(self: RunSpec) -> TrainConfig:
     "How it is trained."
     return TrainConfig(**{f.name: self.settings[f.name] for f in fields(TrainConfig)})
+
 
 @patch
 def replace(self: RunSpec, name=None, **changes) -> RunSpec:
@@ -56,90 +68,145 @@ def replace(self: RunSpec, name=None, **changes) -> RunSpec:
     return RunSpec(name or self.name, {**self.settings, **changes})
 
 # %% ../../nbs/sweep/70_grid.ipynb #a9a9810d
-def read_grid(grid # path of a YAML file, or what would be in it, as a dict
-             ) -> list: # of `RunSpec`
+def read_grid(
+    grid,  # path of a YAML file, or what would be in it, as a dict
+) -> list:  # of `RunSpec`
     "The cells of a grid. Raises `BadInput` for unknown settings, impossible values, and two runs of one name."
     where = "the grid" if isinstance(grid, dict) else str(grid)
     if not isinstance(grid, dict):
-        try: grid = yaml.load(Path(grid).read_text(), _Plain)
-        except OSError as e: raise BadInput(f"the grid {where} could not be read: {e.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise BadInput(f"the grid {where} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(grid, dict) or not grid: raise BadInput(f"{where} holds no grid: expected settings, axes, name and runs, found {type(grid).__name__}")
-    if odd := set(map(str, grid)) - {"settings", "axes", "name", "runs"}: raise BadInput(f"{where} has {', '.join(sorted(odd))}: expected settings, axes, name and runs")
+        try:
+            grid = yaml.load(Path(grid).read_text(), _Plain)
+        except OSError as e:
+            raise BadInput(f"the grid {where} could not be read: {e.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise BadInput(f"the grid {where} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(grid, dict) or not grid:
+        raise BadInput(f"{where} holds no grid: expected settings, axes, name and runs, found {type(grid).__name__}")
+    if odd := set(map(str, grid)) - {"settings", "axes", "name", "runs"}:
+        raise BadInput(f"{where} has {', '.join(sorted(odd))}: expected settings, axes, name and runs")
     settings, axes, runs = grid.get("settings") or {}, grid.get("axes") or {}, grid.get("runs") or []
     if not (isinstance(settings, dict) and isinstance(axes, dict) and all(isinstance(v, list) for v in axes.values())):
-        raise BadInput(f"{where}: expected settings as a mapping and axes as a mapping of lists, as in `axes: {{k: [16, 32]}}`")
-    if not (isinstance(runs, list) and all(isinstance(r, dict) and "name" in r for r in runs)): raise BadInput(f"{where}: runs is not a list of mappings with a name each")
+        raise BadInput(
+            f"{where}: expected settings as a mapping and axes as a mapping of lists, as in `axes: {{k: [16, 32]}}`"
+        )
+    if not (isinstance(runs, list) and all(isinstance(r, dict) and "name" in r for r in runs)):
+        raise BadInput(f"{where}: runs is not a list of mappings with a name each")
     cells = [RunSpec(_called(grid.get("name"), values, where), {**settings, **values}) for values in _product(axes)]
-    return cells + [RunSpec(str(r["name"]), {**settings, **{key: v for key, v in r.items() if key != "name"}}) for r in runs]
+    return cells + [
+        RunSpec(str(r["name"]), {**settings, **{key: v for key, v in r.items() if key != "name"}}) for r in runs
+    ]
+
 
 class _Plain(yaml.SafeLoader):
     "YAML of plain values, in which a key stands once."
+
     def construct_mapping(self, node, deep=False):
         found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value): raise yaml.YAMLError(f"a key stands twice in {node.start_mark}")
+        if len(found) < len(node.value):
+            raise yaml.YAMLError(f"a key stands twice in {node.start_mark}")
         return found
 
-def _product(axes): # {axis: values} -> dicts with a value for each axis
+
+def _product(axes):  # {axis: values} -> dicts with a value for each axis
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())] if axes else []
 
-def _called(form, values, where): # a run's name, from its values on the axes
+
+def _called(form, values, where):  # a run's name, from its values on the axes
     values = {key: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for key, v in values.items()}
-    if form is None: return "-".join(f"{key}{re.sub(r'[^0-9A-Za-z.+-]', '_', str(v))}" for key, v in values.items())
-    try: return str(form).format(**values)
-    except KeyError as e: raise BadInput(f"{where}: the name {form!r} speaks of {e}, which is no axis; there are {', '.join(values)}") from None
+    if form is None:
+        return "-".join(f"{key}{re.sub(r'[^0-9A-Za-z.+-]', '_', str(v))}" for key, v in values.items())
+    try:
+        return str(form).format(**values)
+    except KeyError as e:
+        raise BadInput(
+            f"{where}: the name {form!r} speaks of {e}, which is no axis; there are {', '.join(values)}"
+        ) from None
     except (IndexError, ValueError, AttributeError, TypeError) as e:
-        raise BadInput(f"{where}: the name {form!r} cannot be filled in: {e}. Expected one as in D{{dict_size}}-k{{k}}") from None
+        raise BadInput(
+            f"{where}: the name {form!r} cannot be filled in: {e}. Expected one as in D{{dict_size}}-k{{k}}"
+        ) from None
 
 # %% ../../nbs/sweep/70_grid.ipynb #464d1352
-def card_specs(scale: float = 1.0 # of dictionary, k and steps
-              ) -> list: # of 48 `RunSpec`
+def card_specs(
+    scale: float = 1.0,  # of dictionary, k and steps
+) -> list:  # of 48 `RunSpec`
     "The published sweep, under its own names."
-    if not 0 < scale <= 1: raise BadInput(f"scale is {scale}: expected a share of the card's size, over 0 and at most 1")
-    kinds = [("cc-D{}k-k{}", 0, 1e-3, 0.), ("cc-D{}k-nol1-k{}", 0, 0., 0.)] # name, share of each model, L1 on shared features, on exclusive ones
-    for pct in (3, 5, 10): kinds += [(f"dfc-D{{}}k-excl{pct}-k{{}}", pct / 100, 1e-3, 1e-3), (f"dfc-D{{}}k-excl{pct}-freeexcl-k{{}}", pct / 100, 1e-3, 0.)]
+    if not 0 < scale <= 1:
+        raise BadInput(f"scale is {scale}: expected a share of the card's size, over 0 and at most 1")
+    kinds = [
+        ("cc-D{}k-k{}", 0, 1e-3, 0.0),
+        ("cc-D{}k-nol1-k{}", 0, 0.0, 0.0),
+    ]  # name, share of each model, L1 on shared features, on exclusive ones
+    for pct in (3, 5, 10):
+        kinds += [
+            (f"dfc-D{{}}k-excl{pct}-k{{}}", pct / 100, 1e-3, 1e-3),
+            (f"dfc-D{{}}k-excl{pct}-freeexcl-k{{}}", pct / 100, 1e-3, 0.0),
+        ]
     cells = []
     for size, (name, share, l1, l1_exclusive), k in itertools.product((8, 16), kinds, (45, 90, 160)):
         cells.append(RunSpec(name.format(size, k), card_recipe(1024 * size, k, share, l1, l1_exclusive, scale)))
     return cells
 
 # %% ../../nbs/sweep/70_grid.ipynb #c6cdb1b1
-MOST = 2**24 # features
+MOST = 2**24  # features
 
-def check_specs(cells, d_in=None): # widths of the models, once they are known
+
+def check_specs(cells, d_in=None):  # widths of the models, once they are known
     "Raise `BadInput` that names the impossible cells, or two that are one."
-    if not cells: raise BadInput("the grid has no cells: give axes or runs")
+    if not cells:
+        raise BadInput("the grid has no cells: give axes or runs")
     faults = []
     for c in cells:
         try:
             c.training()
-            if (c.settings["dict_size"] or 0) > MOST: raise BadInput(f"dict_size is {c.settings['dict_size']}: expected at most {MOST:,}")
+            if (c.settings["dict_size"] or 0) > MOST:
+                raise BadInput(f"dict_size is {c.settings['dict_size']}: expected at most {MOST:,}")
             size = c.settings["dict_size"] or (8 * max(d_in) if d_in else max(100_000, c.settings["k"]))
-            c.replace(dict_size=size).model().build((1, 1)) # narrow: only numbers matter
-        except (BadInput, RuntimeError, ValueError, OverflowError) as e: faults.append(f"{c.name}: {str(e).splitlines()[0]}")
-    if faults: raise BadInput(f"{len(faults)} of {len(cells)} cells are impossible. " + "; ".join(faults[:5]) + ("; …" if len(faults) > 5 else ""))
+            c.replace(dict_size=size).model().build((1, 1))  # narrow: only numbers matter
+        except (BadInput, RuntimeError, ValueError, OverflowError) as e:
+            faults.append(f"{c.name}: {str(e).splitlines()[0]}")
+    if faults:
+        raise BadInput(
+            f"{len(faults)} of {len(cells)} cells are impossible. "
+            + "; ".join(faults[:5])
+            + ("; …" if len(faults) > 5 else "")
+        )
     same = "have the same settings (rounding at a small scale makes that, and an option that replaces an axis)"
     for key, what in ((lambda c: c.name, "have one name"), (lambda c: json.dumps(c.settings), same)):
         for _, same in itertools.groupby(sorted(cells, key=key), key):
-            if len(same := list(same)) > 1: raise BadInput(f"two runs {what}: {same[0].name} and {same[1].name}. Each needs a name and settings of its own")
+            if len(same := list(same)) > 1:
+                raise BadInput(
+                    f"two runs {what}: {same[0].name} and {same[1].name}. Each needs a name and settings of its own"
+                )
 
 # %% ../../nbs/sweep/70_grid.ipynb #400f70b6
-def memory_need(cell, d_in) -> int: # bytes
+def memory_need(cell, d_in) -> int:  # bytes
     "What training a cell takes, roughly."
     s, d = cell.settings, sum(d_in)
     size = s["dict_size"] or 8 * max(d_in)
     return size * d * (2 * 4 * 4 + 2) + s["batch_size"] * (8 * size + 16 * d)
 
-def run_groups(cells, d_in, free, most=8): # free: bytes; at most so many runs -> lists of cells
+
+def run_groups(cells, d_in, free, most=8):  # free: bytes; at most so many runs -> lists of cells
     "Cells that read the store together, in order."
     key = lambda c: (c.settings["batch_size"], c.settings["seed"])
     groups = []
-    for c in sorted(cells, key=key): # keeps the order of what is alike
+    for c in sorted(cells, key=key):  # keeps the order of what is alike
         last = groups[-1] if groups else []
-        if last and key(last[0]) == key(c) and len(last) < most and sum(memory_need(x, d_in) for x in [*last, c]) <= free: last.append(c)
-        else: groups.append([c])
+        if (
+            last
+            and key(last[0]) == key(c)
+            and len(last) < most
+            and sum(memory_need(x, d_in) for x in [*last, c]) <= free
+        ):
+            last.append(c)
+        else:
+            groups.append([c])
     return groups
 
-def _free(device): # bytes that training may take there
+
+def _free(device):  # bytes that training may take there
     device = torch.device(device or "cpu")
-    return int(0.7 * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available))
+    return int(
+        0.7 * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    )

@@ -20,46 +20,63 @@ from ..training.loop import Callback
 # %% ../../nbs/sweep/72_progress.ipynb #bcb30b22
 class Row(NamedTuple):
     "What is known of a run on the way."
-    state: str = "waiting" # training, evaluating, done, failed
+
+    state: str = "waiting"  # training, evaluating, done, failed
     step: int = 0
     steps: int = 0
-    fve: float | None = None # mean of the models'
-    left: float | None = None # seconds
+    fve: float | None = None  # mean of the models'
+    left: float | None = None  # seconds
     note: str = ""
+
 
 class Progress:
     "The runs of a sweep on the terminal: state, step, FVE and time left of each."
-    def __init__(self,
-                 cells,               # of the sweep
-                 show: bool = True,   # or stay silent
-                 console=None):       # of rich; the terminal by default
+
+    def __init__(
+        self,
+        cells,  # of the sweep
+        show: bool = True,  # or stay silent
+        console=None,
+    ):  # of rich; the terminal by default
         self.rows = {c.name: Row(steps=c.settings["steps"]) for c in cells}
         self.cost = {c.name: c.settings["steps"] * (c.settings["dict_size"] or 1) for c in cells}
-        self.console, self.began, self.before = console or Console(highlight=False), time.monotonic(), 0.
-        self.live = Live(get_renderable=self.table, console=self.console, refresh_per_second=2) if show and self.console.is_terminal else None
+        self.console, self.began, self.before = console or Console(highlight=False), time.monotonic(), 0.0
+        self.live = (
+            Live(get_renderable=self.table, console=self.console, refresh_per_second=2)
+            if show and self.console.is_terminal
+            else None
+        )
         self.show = show
 
     def __enter__(self):
         self.began, self.before = time.monotonic(), self.share()
-        if self.live: self.live.start()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *_):
-        if self.live: self.live.stop()
+        if self.live:
+            self.live.stop()
 
-    def set(self, name, **changes): # fields of `Row`
+    def set(self, name, **changes):  # fields of `Row`
         "Take note of a change."
         was, now = self.rows[name], self.rows[name]._replace(**changes)
         self.rows[name] = now
         if self.show and not self.live and was.state != now.state and now.state in ("done", "failed"):
-            print(f"{self.counts()}   {name}: {now.state}" + (f", FVE {now.fve:.3f}" if now.fve is not None else "") + (f", {now.note}" if now.note else ""), flush=True)
+            print(
+                f"{self.counts()}   {name}: {now.state}"
+                + (f", FVE {now.fve:.3f}" if now.fve is not None else "")
+                + (f", {now.note}" if now.note else ""),
+                flush=True,
+            )
 
 # %% ../../nbs/sweep/72_progress.ipynb #cf6846dc
 @patch
-def share(self: Progress) -> float: # between 0 and 1
+def share(self: Progress) -> float:  # between 0 and 1
     "How much of the work is done, in steps times features; a tenth of a run is for measuring it."
     part = lambda r: 1 if r.state in ("done", "failed") else 0.9 * r.step / r.steps
     return sum(self.cost[n] * part(r) for n, r in self.rows.items()) / sum(self.cost.values())
+
 
 @patch
 def counts(self: Progress) -> str:
@@ -67,10 +84,12 @@ def counts(self: Progress) -> str:
     states = [r.state for r in self.rows.values()]
     there = [f"{states.count(s)} {s}" for s in ("done", "failed", "evaluating", "training", "waiting") if s in states]
     gone, share = time.monotonic() - self.began, self.share()
-    if share < 1 and share > self.before: there.append(f"{_clock(gone * (1 - share) / (share - self.before))} left")
+    if share < 1 and share > self.before:
+        there.append(f"{_clock(gone * (1 - share) / (share - self.before))} left")
     return ", ".join(there)
 
-def _clock(seconds): # 75 -> "1:15"
+
+def _clock(seconds):  # 75 -> "1:15"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
@@ -80,24 +99,44 @@ def table(self: Progress) -> Table:
     "As it stands now; of more runs than the terminal has lines, those at work and the ones beside them."
     colour = {"training": "cyan", "evaluating": "cyan", "done": "green", "failed": "red"}
     out = Table(box=None, pad_edge=False, caption=self.counts(), caption_justify="left")
-    for name, justify in {"run": "left", "state": "left", "step": "right", "FVE": "right", "left": "right", "": "left"}.items(): out.add_column(name, justify=justify, no_wrap=True)
+    for name, justify in {
+        "run": "left",
+        "state": "left",
+        "step": "right",
+        "FVE": "right",
+        "left": "right",
+        "": "left",
+    }.items():
+        out.add_column(name, justify=justify, no_wrap=True)
     names, room = list(self.rows), max(3, self.console.height - 4)
     first = next((i for i, n in enumerate(names) if self.rows[n].state in ("training", "evaluating")), 0)
     start = max(0, min(first - room // 4, len(names) - room))
-    for n in names[start:start + room]:
+    for n in names[start : start + room]:
         r = self.rows[n]
         fve, left = "" if r.fve is None else f"{r.fve:.3f}", "" if r.left is None else _clock(r.left)
-        out.add_row(Text(n), Text(r.state, colour.get(r.state, "dim")), f"{r.step:,}/{r.steps:,}", fve, left, Text(r.note[:60]))
+        out.add_row(
+            Text(n), Text(r.state, colour.get(r.state, "dim")), f"{r.step:,}/{r.steps:,}", fve, left, Text(r.note[:60])
+        )
     return out
 
 # %% ../../nbs/sweep/72_progress.ipynb #dccafbf0
 class Watch(Callback):
     "Tells the board how far a run is."
-    def __init__(self, board, name): self.board, self.name, self.began = board, name, None
+
+    def __init__(self, board, name):
+        self.board, self.name, self.began = board, name, None
 
     def after_step(self, trainer, metrics):
         step, steps = trainer.step_number, trainer.config.steps
-        if self.began is None: self.began = time.monotonic(), step - 1
-        if step % trainer.config.log_every and step < steps: return
+        if self.began is None:
+            self.began = time.monotonic(), step - 1
+        if step % trainer.config.log_every and step < steps:
+            return
         rate = (step - self.began[1]) / max(time.monotonic() - self.began[0], 1e-9)
-        self.board.set(self.name, state="training", step=step, fve=sum(metrics[f"fve_{m}"] for m in "ab") / 2, left=(steps - step) / rate)
+        self.board.set(
+            self.name,
+            state="training",
+            step=step,
+            fve=sum(metrics[f"fve_{m}"] for m in "ab") / 2,
+            left=(steps - step) / rate,
+        )

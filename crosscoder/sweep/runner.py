@@ -26,74 +26,97 @@ from ..folder import FEATURES, mean_fve, update_config
 from ..run.pipeline import evaluate_stage, features_stage, track_results
 from .cluster import describe_error, local_store, run_on_ray
 from .effects import read_sweep, sweep_table
-from .grid import _free, check_specs, run_groups, RunSpec
+from .grid import RunSpec, _free, check_specs, run_groups
 from .progress import Progress, Watch
 from ..training.config import FIELDS
 from ..training.loop import train_many
 from ..training.tracking import WandB
 
 # %% ../../nbs/sweep/74_runner.ipynb #90b2efca
-DONE = FEATURES # what a run leaves last
+DONE = FEATURES  # what a run leaves last
+
 
 def is_done(folder) -> bool:
     "Is there nothing left to do for this run?"
     return (Path(folder) / DONE).exists() and held_out(folder) is not None
 
+
 def held_out(folder) -> float | None:
     "Held-out FVE of a run, mean of the models'; None if it is not there, or damaged."
-    try: found = json.loads((Path(folder) / "evaluation.json").read_text())
-    except (OSError, ValueError): return None
-    return (found["fve_a"] + found["fve_b"]) / 2 if isinstance(found, dict) and {"fve_a", "fve_b"} <= found.keys() else None
+    try:
+        found = json.loads((Path(folder) / "evaluation.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return (
+        (found["fve_a"] + found["fve_b"]) / 2
+        if isinstance(found, dict) and {"fve_a", "fve_b"} <= found.keys()
+        else None
+    )
 
-def describe_store(out, store, split) -> dict: # name of a file of each run -> what is in it
+
+def describe_store(out, store, split) -> dict:  # name of a file of each run -> what is in it
     "What every run of the sweep `out` notes about its data."
     source = Path(store.path).parent
     read = lambda name: json.loads((source / name).read_text()) if (source / name).exists() else {}
     origin = {key: value for key, value in read("config.json").items() if key in ("pair", "texts", "activations")}
-    files = {"config.json": {**origin, "split": split, "store": os.path.relpath(store.path, Path(out) / "runs" / "a run")}}
+    files = {
+        "config.json": {**origin, "split": split, "store": os.path.relpath(store.path, Path(out) / "runs" / "a run")}
+    }
     return {**files, "texts.json": read("texts.json")} if read("texts.json") else files
 
-def _begin(cell, folder, about): # what is known of a run before it starts
+
+def _begin(cell, folder, about):  # what is known of a run before it starts
     folder = Path(folder)
     (folder / "error.txt").unlink(missing_ok=True)
     update_config(folder, cell=asdict(cell), **about["config.json"])
-    if "texts.json" in about: write_atomic(folder / "texts.json", json.dumps(about["texts.json"], indent=1))
+    if "texts.json" in about:
+        write_atomic(folder / "texts.json", json.dumps(about["texts.json"], indent=1))
 
 # %% ../../nbs/sweep/74_runner.ipynb #759cfdca
 @dataclass
 class RunGroup:
     "Cells that share one reading of the store: they have one batch size and seed."
-    cells: list                     # of `RunSpec`
-    folders: list                   # one for each
-    about: dict                     # from `describe_store`
-    tracker: Callable | None = None # (cell, folder) -> `Callback` with `project` and `results(evaluation, table, figures)`: `WandB`, say
-    device: str | None = None       # where to train
-    board: Progress | None = None      # to be told
+
+    cells: list  # of `RunSpec`
+    folders: list  # one for each
+    about: dict  # from `describe_store`
+    tracker: Callable | None = (
+        None  # (cell, folder) -> `Callback` with `project` and `results(evaluation, table, figures)`: `WandB`, say
+    )
+    device: str | None = None  # where to train
+    board: Progress | None = None  # to be told
 
     def __post_init__(self):
-        self.board, self.failed = self.board or Progress(self.cells, show=False), {} # failed: number of a cell -> its error
+        self.board, self.failed = (
+            self.board or Progress(self.cells, show=False),
+            {},
+        )  # failed: number of a cell -> its error
         self.trackers = [self.tracker(c, f) if self.tracker else None for c, f in zip(self.cells, self.folders)]
 
-    def run(self, store) -> dict: # number of a cell -> its error
+    def run(self, store) -> dict:  # number of a cell -> its error
         "Train, evaluate and label them; what fails leaves error.txt in its folder."
         split = self.about["config.json"]["split"]
         train_part, test_part = store.split(split["test"], split["split_seed"])
         trained = self.train(self.prepare(train_part), train_part)
-        for i, result in trained.items(): self.attempt(i, self.measure, i, *result, train_part, test_part)
+        for i, result in trained.items():
+            self.attempt(i, self.measure, i, *result, train_part, test_part)
         for i, e in self.failed.items():
             write_atomic(Path(self.folders[i]) / "error.txt", said := describe_error(e))
             self.board.set(self.cells[i].name, state="failed", note=said.splitlines()[0], left=None)
         return self.failed
 
-    def attempt(self, i, f, *args): # what goes wrong is cell i's own
-        try: return f(*args)
-        except Exception as e: self.failed[i] = e
+    def attempt(self, i, f, *args):  # what goes wrong is cell i's own
+        try:
+            return f(*args)
+        except Exception as e:
+            self.failed[i] = e
 
 # %% ../../nbs/sweep/74_runner.ipynb #5099cf9b
 @patch
-def prepare(self: RunGroup, part) -> dict: # number of a cell -> its crosscoder
+def prepare(self: RunGroup, part) -> dict:  # number of a cell -> its crosscoder
     "Folders and untrained crosscoders, with features of one model alone where the cell wants them."
     return {i: cc for i in range(len(self.cells)) if (cc := self.attempt(i, self._prepare, i, part))}
+
 
 @patch
 def _prepare(self: RunGroup, i, part):
@@ -103,15 +126,26 @@ def _prepare(self: RunGroup, i, part):
     project = self.trackers[i] and self.trackers[i].project
     return prepare(c.model(), c.training(), part, folder, self.device, project, progress=False)
 
+
 @patch
-def train(self: RunGroup, crosscoders, part) -> dict: # number of a cell -> its crosscoder, trained, and the history
+def train(self: RunGroup, crosscoders, part) -> dict:  # number of a cell -> its crosscoder, trained, and the history
     "All of them from one reading."
     numbers, errors = list(crosscoders), {}
-    if not numbers: return {}
+    if not numbers:
+        return {}
     calls = [[Watch(self.board, self.cells[i].name), *filter(None, [self.trackers[i]])] for i in numbers]
-    done = train_many(list(crosscoders.values()), part, [self.cells[i].training() for i in numbers], [self.folders[i] for i in numbers], calls, False, errors)
+    done = train_many(
+        list(crosscoders.values()),
+        part,
+        [self.cells[i].training() for i in numbers],
+        [self.folders[i] for i in numbers],
+        calls,
+        False,
+        errors,
+    )
     self.failed |= {numbers[j]: e for j, e in errors.items()}
     return {i: result for i, result in zip(numbers, done) if result}
+
 
 @patch
 def measure(self: RunGroup, i, cc, history, train_part, test_part):
@@ -120,19 +154,23 @@ def measure(self: RunGroup, i, cc, history, train_part, test_part):
     self.board.set(name, state="evaluating", step=self.cells[i].settings["steps"], left=None)
     tracker, parts = self.trackers[i], (train_part, test_part)
     found = evaluate_stage(folder, cc, parts, progress=False)
-    told = tracker and (lambda table: track_results(tracker, found, table, history)) # before the run counts as done
+    told = tracker and (lambda table: track_results(tracker, found, table, history))  # before the run counts as done
     features_stage(folder, cc, parts, progress=False, before=told)
     self.board.set(name, state="done", fve=mean_fve(found))
 
 # %% ../../nbs/sweep/74_runner.ipynb #0bf95c0f
-def track(cell, folder, project, group): # with project and group filled in, a `tracker` of `RunGroup`
+def track(cell, folder, project, group):  # with project and group filled in, a `tracker` of `RunGroup`
     "A cell's run on Weights & Biases."
     return WandB(project, folder, cell.name, group)
 
 # %% ../../nbs/sweep/74_runner.ipynb #7226887b
-def _fingerprint(store): # of what the runs are trained on
+def _fingerprint(store):  # of what the runs are trained on
     now = ActivationStore(store.path)
-    return {"rows": len(now), "sha256": hashlib.sha256(json.dumps([s["sha256"] for s in now.manifest["shards"]]).encode()).hexdigest()[:16]}
+    return {
+        "rows": len(now),
+        "sha256": hashlib.sha256(json.dumps([s["sha256"] for s in now.manifest["shards"]]).encode()).hexdigest()[:16],
+    }
+
 
 def open_sweep(out, cells, store, split):
     "Write or extend `out/sweep.json`; raises `BadInput` where what is there does not go with what is asked."
@@ -140,25 +178,40 @@ def open_sweep(out, cells, store, split):
     found, known = read_sweep(out) if path.exists() else (asked, {})
     for key in asked:
         if found.get(key) != asked[key]:
-            raise BadInput(f"the sweep {out} was begun with {key} {found.get(key)}, and has {asked[key]} now: its runs could not be compared. Use the old one, or another folder")
+            raise BadInput(
+                f"the sweep {out} was begun with {key} {found.get(key)}, and has {asked[key]} now: its runs could not be compared. Use the old one, or another folder"
+            )
     for c in cells:
         differ = [key for key in FIELDS if c.name in known and known[c.name].get(key) != c.settings[key]]
         if differ:
-            raise BadInput(f"the sweep {out} has a run {c.name} with {differ[0]} = {known[c.name].get(differ[0])!r}, and {c.settings[differ[0]]!r} is asked for now. "
-                           "Give it another name, or use another folder")
+            raise BadInput(
+                f"the sweep {out} has a run {c.name} with {differ[0]} = {known[c.name].get(differ[0])!r}, and {c.settings[differ[0]]!r} is asked for now. "
+                "Give it another name, or use another folder"
+            )
     cells = {**known, **{c.name: c.settings for c in cells}}
-    write_atomic(path, json.dumps({"store": os.path.relpath(store.path, out), **asked, "cells": [{"name": n, "settings": s} for n, s in cells.items()]}, indent=1))
+    write_atomic(
+        path,
+        json.dumps(
+            {
+                "store": os.path.relpath(store.path, out),
+                **asked,
+                "cells": [{"name": n, "settings": s} for n, s in cells.items()],
+            },
+            indent=1,
+        ),
+    )
 
 # %% ../../nbs/sweep/74_runner.ipynb #c9a05777
-def run_sweep(cells,                   # of a grid
-              out,                     # folder of the sweep; goes on where it was
-              store,                   # an `ActivationStore`
-              test: float = 0.1,       # share of the texts that is held out
-              split_seed: int = 0,     # which texts those are
-              tracker: Callable = None,# as in `RunGroup`
-              device: str = None,      # where to train
-              progress: bool = True    # show the board
-             ) -> pd.DataFrame: # from `sweep_table`
+def run_sweep(
+    cells,  # of a grid
+    out,  # folder of the sweep; goes on where it was
+    store,  # an `ActivationStore`
+    test: float = 0.1,  # share of the texts that is held out
+    split_seed: int = 0,  # which texts those are
+    tracker: Callable = None,  # as in `RunGroup`
+    device: str = None,  # where to train
+    progress: bool = True,  # show the board
+) -> pd.DataFrame:  # from `sweep_table`
     "Train and measure all cells on this machine, those that fit into memory from one reading of the store. Raises `BadInput` before anything is trained."
     folder = lambda c: Path(out) / "runs" / c.name
     with _alone(out), Progress(cells, progress) as board:
@@ -169,25 +222,35 @@ def run_sweep(cells,                   # of a grid
         _unchanged(store, began)
     return sweep_table(out)
 
+
 @contextmanager
-def _alone(out): # one process at a time
+def _alone(out):  # one process at a time
     Path(out).mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(Path(out) / ".lock", timeout=0): yield
-    except Timeout: raise BadInput(f"another process works on the sweep {out}: wait for it, or use another folder") from None
+        with FileLock(Path(out) / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise BadInput(f"another process works on the sweep {out}: wait for it, or use another folder") from None
 
-def _unchanged(store, began): # BadInput if it is not what the sweep began with
+
+def _unchanged(store, began):  # BadInput if it is not what the sweep began with
     if (now := _fingerprint(store)) != began:
-        raise BadInput(f"the store {store.path} changed while the sweep ran: it had {began}, and has {now} now. "
-                       "Bring it back, remove the runs that saw it change, and the same command goes on")
+        raise BadInput(
+            f"the store {store.path} changed while the sweep ran: it had {began}, and has {now} now. "
+            "Bring it back, remove the runs that saw it change, and the same command goes on"
+        )
 
-def _start(cells, out, store, test, split_seed, board): # everything that can be refused, before anything is trained -> what runs note about their data
+
+def _start(
+    cells, out, store, test, split_seed, board
+):  # everything that can be refused, before anything is trained -> what runs note about their data
     split = {"test": test, "split_seed": split_seed}
     check_specs(cells, store.d_in)
     store.split(test, split_seed)
     open_sweep(out, cells, store, split)
     for c in cells:
-        if is_done(folder := Path(out) / "runs" / c.name): board.set(c.name, state="done", step=c.settings["steps"], fve=held_out(folder))
+        if is_done(folder := Path(out) / "runs" / c.name):
+            board.set(c.name, state="done", step=c.settings["steps"], fve=held_out(folder))
     board.before = board.share()
     return describe_store(out, store, split)
 
@@ -195,53 +258,74 @@ def _start(cells, out, store, test, split_seed, board): # everything that can be
 @dataclass(frozen=True)
 class Job:
     "One cell, and what a machine needs to know to run it."
+
     cell: RunSpec
-    store: str       # where the store is: a folder that every node sees, or a URL
-    data: dict       # what the store must be, from `fingerprint`
-    about: dict      # from `describe_store`
-    tracker: Callable | None = None # as in `RunGroup`
+    store: str  # where the store is: a folder that every node sees, or a URL
+    data: dict  # what the store must be, from `fingerprint`
+    about: dict  # from `describe_store`
+    tracker: Callable | None = None  # as in `RunGroup`
     device: str | None = None
+
 
 def run_job(job: Job, folder):
     "Do one run in a folder, going on from what is there; raises what it fails with."
     store = ActivationStore(local_store(job.store))
     _unchanged(store, job.data)
     failed = RunGroup([job.cell], [folder], job.about, job.tracker, job.device).run(store)
-    if failed: raise failed[0]
+    if failed:
+        raise failed[0]
 
 # %% ../../nbs/sweep/74_runner.ipynb #b16e6817
-def run_sweep_on_ray(cells, out, store, # as for `run_sweep`
-                     test: float = 0.1, split_seed: int = 0, tracker: Callable = None,
-                     address: str | None = None, # of the cluster; None is Ray's own choice, "local" this machine alone
-                     cpus: float = 1,            # CPUs, and threads, of a run
-                     gpus: float = 0,            # GPUs of a run; below 1, several runs share one
-                     runs: str | None = None,    # URL where the runs' files go, as in s3://bucket/folder; `out/runs` if left out
-                     source: str | None = None,  # where nodes find the store, a URL too; the folder that it was opened from if left out
-                     progress: bool = True       # show the board
-                    ) -> pd.DataFrame: # from `sweep_table`
+def run_sweep_on_ray(
+    cells,
+    out,
+    store,  # as for `run_sweep`
+    test: float = 0.1,
+    split_seed: int = 0,
+    tracker: Callable = None,
+    address: str | None = None,  # of the cluster; None is Ray's own choice, "local" this machine alone
+    cpus: float = 1,  # CPUs, and threads, of a run
+    gpus: float = 0,  # GPUs of a run; below 1, several runs share one
+    runs: str | None = None,  # URL where the runs' files go, as in s3://bucket/folder; `out/runs` if left out
+    source: str | None = None,  # where nodes find the store, a URL too; the folder that it was opened from if left out
+    progress: bool = True,  # show the board
+) -> pd.DataFrame:  # from `sweep_table`
     "Train and measure all cells on a Ray cluster, each as a task. Raises `BadInput` before anything is trained."
     with _alone(out), Progress(cells, progress) as board:
         about, data = _start(cells, out, store, test, split_seed, board), _fingerprint(store)
-        jobs = [(c.name, Job(c, source or str(store.path.absolute()), data, about, tracker, "cuda" if gpus else None)) for c in cells]
+        jobs = [
+            (c.name, Job(c, source or str(store.path.absolute()), data, about, tracker, "cuda" if gpus else None))
+            for c in cells
+        ]
         tell = lambda name, event, info: board.set(name, **_told(event, info, board.rows[name]))
         run_on_ray(run_job, jobs, runs or Path(out) / "runs", address, cpus, gpus, last=DONE, on_event=tell)
         _unchanged(store, data)
-    if runs: fetch_runs(runs, Path(out) / "runs", [c.name for c in cells])
+    if runs:
+        fetch_runs(runs, Path(out) / "runs", [c.name for c in cells])
     return sweep_table(out)
 
-def fetch_runs(url, # where the runs are, as an fsspec URL
-               out, # folder for them
-               names):
+
+def fetch_runs(
+    url,  # where the runs are, as an fsspec URL
+    out,  # folder for them
+    names,
+):
     "Bring what a table needs from a bucket to this machine; weights stay there."
     fs, root = fsspec.core.url_to_fs(url)
     for name in names:
         for file in ("config.json", "evaluation.json", "metrics.jsonl", DONE, "error.txt"):
-            if fs.exists(f"{root}/{name}/{file}"): write_atomic(Path(out) / name / file, fs.cat_file(f"{root}/{name}/{file}"))
-            else: (Path(out) / name / file).unlink(missing_ok=True)
+            if fs.exists(f"{root}/{name}/{file}"):
+                write_atomic(Path(out) / name / file, fs.cat_file(f"{root}/{name}/{file}"))
+            else:
+                (Path(out) / name / file).unlink(missing_ok=True)
 
-def _told(event, info, row): # an event of `run_on_ray` -> what changes on the board
+
+def _told(event, info, row):  # an event of `run_on_ray` -> what changes on the board
     fve = {"fve": (info["fve_a"] + info["fve_b"]) / 2} if "fve_a" in info else {}
-    if event == "done": return {"state": "done", "step": row.steps, **({} if row.state == "done" else fve)}
-    if event == "failed": return {"state": "failed", "note": info["error"].splitlines()[0]}
-    if event == "step": return {"state": "evaluating" if info["step"] == row.steps else "training", "step": info["step"], **fve}
+    if event == "done":
+        return {"state": "done", "step": row.steps, **({} if row.state == "done" else fve)}
+    if event == "failed":
+        return {"state": "failed", "note": info["error"].splitlines()[0]}
+    if event == "step":
+        return {"state": "evaluating" if info["step"] == row.steps else "training", "step": info["step"], **fve}
     return {"state": "training", "note": f"{info['host']}, again" if event == "retried" else info["host"]}

@@ -16,102 +16,181 @@ from torch.optim.adam import adam as torch_adam
 from ..basics import BadInput
 
 # %% ../../nbs/training/31_adam.ipynb #d9732668
-def _int32(x): return (x + 2**31) % 2**32 - 2**31 # what is left of a Python integer
+def _int32(x):
+    return (x + 2**31) % 2**32 - 2**31  # what is left of a Python integer
 
-def _noise(h: Tensor # (n,) int32, changed in place
-          ) -> Tensor: # (n,) int32, from 0 to 65535
+
+def _noise(
+    h: Tensor,  # (n,) int32, changed in place
+) -> Tensor:  # (n,) int32, from 0 to 65535
     "16 bits out of a counter."
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)): h.bitwise_xor_(h >> shift).mul_(_int32(factor))
-    return (h >> 16).bitwise_and_(0xffff)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h.bitwise_xor_(h >> shift).mul_(_int32(factor))
+    return (h >> 16).bitwise_and_(0xFFFF)
 
 # %% ../../nbs/training/31_adam.ipynb #f9b0ca73
-def adam16(p: Tensor, grad: Tensor, # weight, fp32, changed in place; its gradient
-           m: Tensor, v: Tensor,    # moments, bf16, changed in place
-           step: int, lr: float,    # number of this step, from 1; learning rate
-           beta1: float, beta2: float, eps: float,
-           scale=1.0,               # multiplied into the gradient: a number or a 0-d tensor
-           seed: int = 0):          # of the rounding; another one for each weight
+def adam16(
+    p: Tensor,
+    grad: Tensor,  # weight, fp32, changed in place; its gradient
+    m: Tensor,
+    v: Tensor,  # moments, bf16, changed in place
+    step: int,
+    lr: float,  # number of this step, from 1; learning rate
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scale=1.0,  # multiplied into the gradient: a number or a 0-d tensor
+    seed: int = 0,
+):  # of the rounding; another one for each weight
     "One step of Adam with moments in bf16: as `crosscoder.kernels.adam` does it, the same random numbers included."
     p, grad, m, v, chunk = p.view(-1), grad.view(-1), m.view(-1), v.view(-1), 2**17
-    rate, correction = lr / (1 - beta1**step), (1 - beta2**step)**0.5
-    counter, key = torch.arange(chunk, dtype=torch.int32, device=p.device) * _int32(0x9E3779B1), seed * 0x9E3779B1 + step * 0x85EBCA6B
+    rate, correction = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    counter, key = (
+        torch.arange(chunk, dtype=torch.int32, device=p.device) * _int32(0x9E3779B1),
+        seed * 0x9E3779B1 + step * 0x85EBCA6B,
+    )
     for start in range(0, len(p), chunk):
         part = slice(start, start + chunk)
         g = grad[part].float() * scale
         m_new, v_new = m[part].float().lerp_(g, 1 - beta1), v[part].float().lerp_(g * g, 1 - beta2)
         p[part].addcdiv_(m_new, v_new.sqrt().div_(correction).add_(eps), value=-rate)
         m[part] = m_new
-        v_new.view(torch.int32).add_(_noise(counter[:len(g)] + _int32(start * 0x9E3779B1 + key))).bitwise_and_(-2**16)
+        v_new.view(torch.int32).add_(_noise(counter[: len(g)] + _int32(start * 0x9E3779B1 + key))).bitwise_and_(
+            -(2**16)
+        )
         v[part] = v_new
 
 # %% ../../nbs/training/31_adam.ipynb #563432ae
 class Adam:
     "Adam over named tensors, its state in 32 or 16 bits."
-    def __init__(self,
-                 params: dict[str, Tensor],  # fp32 weights by name, contiguous, changed in place
-                 bits: int = 32,             # of each moment: 32 or 16
-                 betas: tuple = (0.9, 0.999),
-                 eps: float = 1e-8):
-        if bits not in (16, 32): raise BadInput(f"bits is {bits!r}: Adam's moments are kept in 32 or 16 bits")
-        self.params, self.bits, self.betas, self.eps, self.count = {n: p.detach() for n, p in params.items()}, bits, betas, eps, 0
+
+    def __init__(
+        self,
+        params: dict[str, Tensor],  # fp32 weights by name, contiguous, changed in place
+        bits: int = 32,  # of each moment: 32 or 16
+        betas: tuple = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        if bits not in (16, 32):
+            raise BadInput(f"bits is {bits!r}: Adam's moments are kept in 32 or 16 bits")
+        self.params, self.bits, self.betas, self.eps, self.count = (
+            {n: p.detach() for n, p in params.items()},
+            bits,
+            betas,
+            eps,
+            0,
+        )
         dtype = torch.float32 if bits == 32 else torch.bfloat16
         self.m, self.v = ({n: torch.zeros_like(p, dtype=dtype) for n, p in self.params.items()} for _ in "mv")
 
-    def __repr__(self): return f"Adam({sum(p.numel() for p in self.params.values())} weights, {self.bits} bits, {self.count} steps)"
+    def __repr__(self):
+        return f"Adam({sum(p.numel() for p in self.params.values())} weights, {self.bits} bits, {self.count} steps)"
 
 # %% ../../nbs/training/31_adam.ipynb #738e4e2f
-def _kernel(p: Tensor): # the function for a tensor on a GPU; None where there is none
+def _kernel(p: Tensor):  # the function for a tensor on a GPU; None where there is none
     if p.is_cuda and find_spec("triton"):
         from crosscoder.model.kernels import adam
+
         return adam
+
 
 @patch
 def _one_pass(self: Adam, kernel, grads, lr, scale, shadows):
     scale = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32)
     for seed, (name, p) in enumerate(self.params.items()):
-        scale = scale.to(p.device, non_blocking=True) # it usually is there
-        kernel(p, grads[name], self.m[name], self.v[name], self.count, lr, *self.betas, self.eps, scale, shadows.get(name), seed)
+        scale = scale.to(p.device, non_blocking=True)  # it usually is there
+        kernel(
+            p,
+            grads[name],
+            self.m[name],
+            self.v[name],
+            self.count,
+            lr,
+            *self.betas,
+            self.eps,
+            scale,
+            shadows.get(name),
+            seed,
+        )
 
 # %% ../../nbs/training/31_adam.ipynb #311b2850
 @patch
 def _by_torch(self: Adam, grads, lr, scale):
     if scale is not None and scale != 1:
-        for name in self.params: grads[name].mul_(scale)
+        for name in self.params:
+            grads[name].mul_(scale)
     tensors = ([of[name] for name in self.params] for of in (self.params, grads, self.m, self.v))
-    steps = [torch.full((), self.count - 1.0, device=p.device) for p in self.params.values()] # it adds 1 to each
-    torch_adam(*tensors, [], steps, fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=0, eps=self.eps, maximize=False)
+    steps = [torch.full((), self.count - 1.0, device=p.device) for p in self.params.values()]  # it adds 1 to each
+    torch_adam(
+        *tensors,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=self.betas[0],
+        beta2=self.betas[1],
+        lr=lr,
+        weight_decay=0,
+        eps=self.eps,
+        maximize=False,
+    )
 
 # %% ../../nbs/training/31_adam.ipynb #33559eed
 @patch
 @torch.no_grad()
-def step(self: Adam,
-         grads: dict[str, Tensor],      # a gradient for each weight; with 32 bits and a `scale` they may be scaled in place
-         lr: float,                     # learning rate of this step
-         scale=None,                    # multiplied into all gradients, for clipping: a number or a 0-d tensor
-         shadows: dict | None = None):  # bf16 tensors by name: copies of the new weights to write
+def step(
+    self: Adam,
+    grads: dict[str, Tensor],  # a gradient for each weight; with 32 bits and a `scale` they may be scaled in place
+    lr: float,  # learning rate of this step
+    scale=None,  # multiplied into all gradients, for clipping: a number or a 0-d tensor
+    shadows: dict | None = None,
+):  # bf16 tensors by name: copies of the new weights to write
     "One step."
     self.count += 1
     shadows = shadows or {}
-    if self.params and (kernel := _kernel(next(iter(self.params.values())))): return self._one_pass(kernel, grads, lr, scale, shadows)
-    if self.bits == 32: self._by_torch(grads, lr, scale)
+    if self.params and (kernel := _kernel(next(iter(self.params.values())))):
+        return self._one_pass(kernel, grads, lr, scale, shadows)
+    if self.bits == 32:
+        self._by_torch(grads, lr, scale)
     else:
         for seed, (name, p) in enumerate(self.params.items()):
-            adam16(p, grads[name], self.m[name], self.v[name], self.count, lr, *self.betas, self.eps, 1.0 if scale is None else scale, seed)
-    for name, copy in shadows.items(): copy.copy_(self.params[name])
+            adam16(
+                p,
+                grads[name],
+                self.m[name],
+                self.v[name],
+                self.count,
+                lr,
+                *self.betas,
+                self.eps,
+                1.0 if scale is None else scale,
+                seed,
+            )
+    for name, copy in shadows.items():
+        copy.copy_(self.params[name])
 
 # %% ../../nbs/training/31_adam.ipynb #ec6f0287
 @patch
-def state_dict(self: Adam) -> dict[str, Tensor]: # `step`, and `NAME.m` and `NAME.v` for each weight
+def state_dict(self: Adam) -> dict[str, Tensor]:  # `step`, and `NAME.m` and `NAME.v` for each weight
     "All state there is, for a safetensors file."
-    return {"step": torch.tensor(self.count)} | {f"{n}.{key}": of[n] for key, of in (("m", self.m), ("v", self.v)) for n in self.params}
+    return {"step": torch.tensor(self.count)} | {
+        f"{n}.{key}": of[n] for key, of in (("m", self.m), ("v", self.v)) for n in self.params
+    }
+
 
 @patch
 def load_state_dict(self: Adam, state: dict[str, Tensor]):
     "Take it back. Raises `BadInput` where it does not fit."
-    mine, told = self.state_dict(), lambda t: "nothing" if t is None else f"{tuple(t.shape)} in {str(t.dtype).removeprefix('torch.')}"
+    mine, told = (
+        self.state_dict(),
+        lambda t: "nothing" if t is None else f"{tuple(t.shape)} in {str(t.dtype).removeprefix('torch.')}",
+    )
     for name in sorted(mine.keys() | state.keys()):
         want, found = mine.get(name), state.get(name)
         if told(want) != told(found):
-            raise BadInput(f"the optimizer's state holds {told(found)} as {name!r}, expected {told(want)}: it belongs to another model, or to Adam with other `bits`")
-    for name, tensor in state.items(): mine[name].copy_(tensor)
+            raise BadInput(
+                f"the optimizer's state holds {told(found)} as {name!r}, expected {told(want)}: it belongs to another model, or to Adam with other `bits`"
+            )
+    for name, tensor in state.items():
+        mine[name].copy_(tensor)
     self.count = int(state["step"])

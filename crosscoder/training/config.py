@@ -18,63 +18,93 @@ from ..model.crosscoder import CrossCoder
 @dataclass
 class ModelConfig:
     "The crosscoder."
-    dict_size: int | None = None # number of features; 8 times the wider model by default
-    k: int = 48                  # active features a token
-    differences: int | None = None # candidates for features of one model alone, from what the other cannot predict; by default as many as the wider model has channels, 0 for none
-    exclusive: str = "0,0"       # features that may write to A alone and to B alone (a DFC), as fractions of the dictionary (0.05) or counts (230)
-    activation: str = "batchtopk"# topk, batchtopk or relu
-    normalizer: str = "scale"    # zscore (each channel), scale (one number a model) or none
-    init_seed: int = 0           # of the starting weights
 
-    def build(self, d_in): # -> CrossCoder
+    dict_size: int | None = None  # number of features; 8 times the wider model by default
+    k: int = 48  # active features a token
+    differences: int | None = (
+        None  # candidates for features of one model alone, from what the other cannot predict; by default as many as the wider model has channels, 0 for none
+    )
+    exclusive: str = "0,0"  # features that may write to A alone and to B alone (a DFC), as fractions of the dictionary (0.05) or counts (230)
+    activation: str = "batchtopk"  # topk, batchtopk or relu
+    normalizer: str = "scale"  # zscore (each channel), scale (one number a model) or none
+    init_seed: int = 0  # of the starting weights
+
+    def build(self, d_in):  # -> CrossCoder
         "An untrained crosscoder for models of these widths."
         parts = _exclusive(self.exclusive)
         cc = CrossCoder(d_in, self.dict_size, self.k, parts, self.activation, self.normalizer, self.init_seed)
         cc.info["exclusive"] = list(parts)
         return cc
 
-def _exclusive(text): # "0.05,0.05" or "12,12" -> numbers
-    try: return tuple(float(p) if "." in p or "e" in p else int(p) for p in text.split(","))
-    except ValueError: raise BadInput(f"exclusive is {text!r}: expected a fraction or a count for each model, as in 0.05,0.05 or 230,230") from None
+
+def _exclusive(text):  # "0.05,0.05" or "12,12" -> numbers
+    try:
+        return tuple(float(p) if "." in p or "e" in p else int(p) for p in text.split(","))
+    except ValueError:
+        raise BadInput(
+            f"exclusive is {text!r}: expected a fraction or a count for each model, as in 0.05,0.05 or 230,230"
+        ) from None
 
 # %% ../../nbs/training/30_config.ipynb #249c2aac
-def _native_bf16(): # does this machine multiply bfloat16 in hardware?
+def _native_bf16():  # does this machine multiply bfloat16 in hardware?
     return default_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
+
 
 @dataclass
 class TrainConfig:
     "Settings of a training run."
-    steps: int = 200                      # optimizer steps
-    batch_size: int = 2048                # activations (rows of the store) a step
-    lr: float = 2e-3                      # highest learning rate of Adam
-    warmup: int = 20                      # steps over which the learning rate rises from 0
-    decay: float = 0.5                    # last share of the steps, over which it falls to 0
-    sparsity_coef: float = 0.0            # weight of the L1 on shared features
+
+    steps: int = 200  # optimizer steps
+    batch_size: int = 2048  # activations (rows of the store) a step
+    lr: float = 2e-3  # highest learning rate of Adam
+    warmup: int = 20  # steps over which the learning rate rises from 0
+    decay: float = 0.5  # last share of the steps, over which it falls to 0
+    sparsity_coef: float = 0.0  # weight of the L1 on shared features
     exclusive_sparsity_coef: float = 0.0  # weight of the L1 on exclusive features
-    aux_coef: float = 1 / 32              # weight of the auxiliary loss on dead features
-    dead_after: int = 50_000              # samples without firing after which a feature counts as dead
-    clip: float = 1.0                     # largest norm of the gradient
-    precision: str | None = None          # of the encoder's product: bf16 or fp32; bf16 by default where the machine multiplies it natively
-    adam_bits: int = 32                   # of each of Adam's two moments: 32, or 16 to save memory
-    seed: int = 0                         # of the order of the batches
-    log_every: int = 10                   # steps between lines of metrics.jsonl
-    checkpoint_every: int = 50            # steps between checkpoints: what a kill can cost
+    aux_coef: float = 1 / 32  # weight of the auxiliary loss on dead features
+    dead_after: int = 50_000  # samples without firing after which a feature counts as dead
+    clip: float = 1.0  # largest norm of the gradient
+    precision: str | None = (
+        None  # of the encoder's product: bf16 or fp32; bf16 by default where the machine multiplies it natively
+    )
+    adam_bits: int = 32  # of each of Adam's two moments: 32, or 16 to save memory
+    seed: int = 0  # of the order of the batches
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 50  # steps between checkpoints: what a kill can cost
 
     @classmethod
-    def card(cls, **changes): # the published card's recipe
+    def card(cls, **changes):  # the published card's recipe
         "9000 steps of 1024 at a constant 1e-4, L1 of 1e-3 on shared features, no auxiliary loss."
-        return cls(**{"steps": 9000, "batch_size": 1024, "lr": 1e-4, "warmup": 0, "decay": 0.0, "sparsity_coef": 1e-3, "aux_coef": 0.0,
-                      "checkpoint_every": 500, **changes})
+        return cls(
+            **{
+                "steps": 9000,
+                "batch_size": 1024,
+                "lr": 1e-4,
+                "warmup": 0,
+                "decay": 0.0,
+                "sparsity_coef": 1e-3,
+                "aux_coef": 0.0,
+                "checkpoint_every": 500,
+                **changes,
+            }
+        )
 
     def __post_init__(self):
-        if self.precision is None: self.precision = "bf16" if _native_bf16() else "fp32"
-        if self.precision not in ("bf16", "fp32"): raise BadInput(f"precision is {self.precision!r}: expected bf16 or fp32")
+        if self.precision is None:
+            self.precision = "bf16" if _native_bf16() else "fp32"
+        if self.precision not in ("bf16", "fp32"):
+            raise BadInput(f"precision is {self.precision!r}: expected bf16 or fp32")
         for f in (f for f in fields(self) if f.name != "precision"):
-            value, least = getattr(self, f.name), 1 if f.name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after") else 0
-            if not value >= least: raise BadInput(f"{f.name} is {value}: expected at least {least}")
-        if self.decay > 1: raise BadInput(f"decay is {self.decay}: expected a share of the steps between 0 and 1")
+            value, least = (
+                getattr(self, f.name),
+                1 if f.name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after") else 0,
+            )
+            if not value >= least:
+                raise BadInput(f"{f.name} is {value}: expected at least {least}")
+        if self.decay > 1:
+            raise BadInput(f"decay is {self.decay}: expected a share of the steps between 0 and 1")
 
-    def rate(self, step): # learning rate of a step
+    def rate(self, step):  # learning rate of a step
         up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.lr * min(up, left, 1.0)
@@ -111,12 +141,20 @@ def card_recipe(
 # %% ../../nbs/training/30_config.ipynb #ccfe27dc
 FIELDS = {f.name: f for cls in (ModelConfig, TrainConfig) for f in fields(cls)}
 
-def _to_type(name, value): # a field's name, what was given for it
-    if isinstance(value, (list, tuple)): value = ",".join(map(str, value))
+
+def _to_type(name, value):  # a field's name, what was given for it
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
     for kind in get_args(FIELDS[name].type) or (FIELDS[name].type,):
-        if kind is type(None) and value is None: return None
-        if kind is str and isinstance(value, str): return value
+        if kind is type(None) and value is None:
+            return None
+        if kind is str and isinstance(value, str):
+            return value
         try:
-            if kind in (int, float) and not isinstance(value, bool) and float(value) == kind(float(value)): return kind(float(value))
-        except (TypeError, ValueError, OverflowError): pass
-    raise ValueError(f"{name} is {value!r}: expected {FIELDS[name].type if get_args(FIELDS[name].type) else FIELDS[name].type.__name__}")
+            if kind in (int, float) and not isinstance(value, bool) and float(value) == kind(float(value)):
+                return kind(float(value))
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ValueError(
+        f"{name} is {value!r}: expected {FIELDS[name].type if get_args(FIELDS[name].type) else FIELDS[name].type.__name__}"
+    )

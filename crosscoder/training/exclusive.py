@@ -22,21 +22,30 @@ from ..data.batches import Batches
 from ..data.store import StorePart
 from ..model.crosscoder import CrossCoder
 from ..model.formats import from_file, to_file
-from ..stats import Affine, flat_rows, Moments, moments
+from ..stats import Affine, Moments, flat_rows, moments
 from .config import TrainConfig
 from .loop import train
 
 # %% ../../nbs/training/34_exclusive.ipynb #c49f9416
 class Network(nn.Module):
     "Each model's residual after a guess from the other by one hidden layer."
-    linear = False # so a feature's direction is kept, and its encoder has to be learned
+
+    linear = False  # so a feature's direction is kept, and its encoder has to be learned
+
     def __init__(self, m: Moments, d_in: tuple, seed: int = 0):
         super().__init__()
         self.d_in = tuple(d_in)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.guess = nn.ModuleList(nn.Sequential(nn.Linear(i, 8 * i), nn.ReLU(), nn.Linear(8 * i, o)) for o, i in (d_in, d_in[::-1]))
-        scale = torch.cat([m.cov.diagonal()[s].mean().sqrt().expand(d) for s, d in zip((slice(0, d_in[0]), slice(d_in[0], None)), d_in)])
+            self.guess = nn.ModuleList(
+                nn.Sequential(nn.Linear(i, 8 * i), nn.ReLU(), nn.Linear(8 * i, o)) for o, i in (d_in, d_in[::-1])
+            )
+        scale = torch.cat(
+            [
+                m.cov.diagonal()[s].mean().sqrt().expand(d)
+                for s, d in zip((slice(0, d_in[0]), slice(d_in[0], None)), d_in)
+            ]
+        )
         self.register_buffer("mean", m.mean.float()), self.register_buffer("scale", scale.float().clamp(min=1e-12))
 
     def _left(self, z):
@@ -44,19 +53,28 @@ class Network(nn.Module):
         return torch.cat([a - self.guess[0](b), b - self.guess[1](a)], 1)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor # (n, Σd) raw
-                ) -> Tensor: # (n, Σd) residuals, raw units
+    def __call__(
+        self,
+        x: Tensor,  # (n, Σd) raw
+    ) -> Tensor:  # (n, Σd) residuals, raw units
         return self._left((x - self.mean) / self.scale) * self.scale
 
 # %% ../../nbs/training/34_exclusive.ipynb #7915e24f
 @patch
-def fit(self: Network, part, config: TrainConfig, # steps, batch size, learning rate and order
-        progress=True):
+def fit(
+    self: Network,
+    part,
+    config: TrainConfig,  # steps, batch size, learning rate and order
+    progress=True,
+):
     "Least squares by Adam."
     optimizer = torch.optim.Adam(self.parameters(), lr=config.lr)
     batches = Batches(part, config.batch_size, config.seed).stream(0, config.steps)
-    for step, batch in enumerate(tqdm(batches, desc="guessing the other model", total=config.steps, unit=" steps", delay=2, disable=not progress)):
-        for group in optimizer.param_groups: group["lr"] = config.rate(step)
+    for step, batch in enumerate(
+        tqdm(batches, desc="guessing the other model", total=config.steps, unit=" steps", delay=2, disable=not progress)
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
         optimizer.zero_grad()
         z = (torch.cat([x.float() for x in batch], 1) - self.mean) / self.scale
         self._left(z).square().mean().backward()
@@ -65,6 +83,7 @@ def fit(self: Network, part, config: TrainConfig, # steps, batch size, learning 
     self.unexplained = tuple((l.sum() / w.sum()).item() for l, w in zip(left.split(self.d_in), was.split(self.d_in)))
     return self
 
+
 @patch
 def __repr__(self: Network):
     return "Network(A {:.1%}, B {:.1%} of the variance not predicted by the other)".format(*self.unexplained)
@@ -72,13 +91,15 @@ def __repr__(self: Network):
 # %% ../../nbs/training/34_exclusive.ipynb #40273bc8
 class Residuals(StorePart):
     "Some rows of a store, with each model's residual in place of its activation."
-    def __init__(self, part, guess, index=None): # index: rows of the part, all by default
+
+    def __init__(self, part, guess, index=None):  # index: rows of the part, all by default
         store, rows = getattr(part, "store", part), getattr(part, "index", torch.arange(len(part)))
         super().__init__(store, rows if index is None else rows[index])
         self.guess, self.part = guess, StorePart(store, self.index)
 
     @property
-    def dtypes(self): return (torch.float32,) * len(self.d_in)
+    def dtypes(self):
+        return (torch.float32,) * len(self.d_in)
 
     def take_raw(self, index, out=None):
         r = self.guess(flat_rows(self.part, index)).split(self.d_in, 1)
@@ -86,23 +107,32 @@ class Residuals(StorePart):
 
 # %% ../../nbs/training/34_exclusive.ipynb #b66c9737
 @torch.no_grad()
-def unpredicted_rows(view: Residuals, keep: float = 0.25): # -> rows of the view with the longest residuals, sorted
+def unpredicted_rows(view: Residuals, keep: float = 0.25):  # -> rows of the view with the longest residuals, sorted
     "The rows where the guess goes wrong most."
-    norms = torch.cat([torch.stack([r.norm(dim=1) for r in view.take(some)], 1) for some in torch.arange(len(view)).split(4096)])
+    norms = torch.cat(
+        [torch.stack([r.norm(dim=1) for r in view.take(some)], 1) for some in torch.arange(len(view)).split(4096)]
+    )
     size = (norms / norms.median(0).values.clamp(min=1e-12)).square().sum(1)
     return size.topk(max(1, int(keep * len(view)))).indices.sort().values
 
-def train_candidates(cc, part, guess, config: TrainConfig, n: int | None = None, out=None, progress=True): # -> a crosscoder of the residuals
+
+def train_candidates(
+    cc, part, guess, config: TrainConfig, n: int | None = None, out=None, progress=True
+):  # -> a crosscoder of the residuals
     "The dictionary of what one model cannot say of the other."
     rows = unpredicted_rows(Residuals(part, guess))
-    small = CrossCoder(cc.d_in, min(n or max(cc.d_in), cc.dict_size), max(1, cc.k // 8), activation="batchtopk", seed=config.seed)
-    if progress: print(f"difference: {small.dict_size} candidates from {len(rows):,} rows, {guess!r}")
+    small = CrossCoder(
+        cc.d_in, min(n or max(cc.d_in), cc.dict_size), max(1, cc.k // 8), activation="batchtopk", seed=config.seed
+    )
+    if progress:
+        print(f"difference: {small.dict_size} candidates from {len(rows):,} rows, {guess!r}")
     return train(small.to(cc.encoder.device), Residuals(part, guess, rows), config, out, progress=progress)[0]
 
 # %% ../../nbs/training/34_exclusive.ipynb #c35ec6ec
 @torch.no_grad()
-def probe_r2(candidates: CrossCoder, part, guess, m: Moments, max_rows=262_144
-         ) -> pd.DataFrame: # a row a candidate: fired (rows over half its largest activation), probe_r2_a, probe_r2_b
+def probe_r2(
+    candidates: CrossCoder, part, guess, m: Moments, max_rows=262_144
+) -> pd.DataFrame:  # a row a candidate: fired (rows over half its largest activation), probe_r2_a, probe_r2_b
     "How well each candidate can be read off each model alone."
     rows, view = evenly_spaced(part, max_rows), Residuals(part, guess)
     strong = lambda some: candidates.codes(view.take(some)).dense().cpu()
@@ -110,92 +140,152 @@ def probe_r2(candidates: CrossCoder, part, guess, m: Moments, max_rows=262_144
     fired, total, square, with_x = 0, 0, 0, 0
     for some in rows.split(4096):
         f = strong(some)
-        f = torch.where(f > top / 2, f, 0.)
-        fired, total, square = fired + (f > 0).sum(0), total + f.sum(0, dtype=torch.float64), square + f.square().sum(0, dtype=torch.float64)
+        f = torch.where(f > top / 2, f, 0.0)
+        fired, total, square = (
+            fired + (f > 0).sum(0),
+            total + f.sum(0, dtype=torch.float64),
+            square + f.square().sum(0, dtype=torch.float64),
+        )
         with_x = with_x + (f.T @ (flat_rows(part, some) - m.mean.float())).double()
-    variance, s, out = (square / len(rows) - (total / len(rows)).square()).clamp(min=1e-30), with_x / len(rows), {"fired": fired.numpy()}
+    variance, s, out = (
+        (square / len(rows) - (total / len(rows)).square()).clamp(min=1e-30),
+        with_x / len(rows),
+        {"fired": fired.numpy()},
+    )
     for name, d, c in zip("ab", part.d_in, (slice(0, part.d_in[0]), slice(part.d_in[0], None))):
         ridge = (1e-3 * m.cov[c, c].diagonal().mean() + 1e-12) * torch.eye(d, dtype=torch.float64)
         r2 = (s[:, c] * torch.linalg.solve(m.cov[c, c] + ridge, s[:, c].T).T).sum(1) / variance
         out[f"probe_r2_{name}"] = (1 - (1 - r2) * (len(rows) - 1) / max(1, len(rows) - d - 1)).clamp(min=0).numpy()
     return pd.DataFrame(out)
 
-def select_features(reached: pd.DataFrame, # from `reach`
-           at_most: float = 0.1,  # reach in the other model over that in its own
-           fired: int = 10        # rows at least
-          ) -> pd.DataFrame: # the same with columns model ("A", "B") and kept
+
+def select_features(
+    reached: pd.DataFrame,  # from `reach`
+    at_most: float = 0.1,  # reach in the other model over that in its own
+    fired: int = 10,  # rows at least
+) -> pd.DataFrame:  # the same with columns model ("A", "B") and kept
     "Which model a candidate would belong to, and whether it is worth a place."
     a, b = reached.probe_r2_a, reached.probe_r2_b
     own, other = a.where(a > b, b), b.where(a > b, a)
-    return reached.assign(model=(a > b).map({True: "A", False: "B"}), kept=(other < at_most * own) & (own > 0.01) & (reached.fired >= fired))
+    return reached.assign(
+        model=(a > b).map({True: "A", False: "B"}),
+        kept=(other < at_most * own) & (own > 0.01) & (reached.fired >= fired),
+    )
 
 # %% ../../nbs/training/34_exclusive.ipynb #028e606c
-def _along_plane(d, others): # largest cosine of d (n,) with a plane of two of the unit rows of `others`
-    if not len(others): return 0.
+def _along_plane(d, others):  # largest cosine of d (n,) with a plane of two of the unit rows of `others`
+    if not len(others):
+        return 0.0
     c, gram = others @ d, others @ others.T
     det = (1 - gram.square()).clamp(min=1e-6)
-    square = (c[:, None].square() + c.square() - 2 * gram * c[:, None] * c) / det # squared length of the projection on each pair's plane
+    square = (
+        c[:, None].square() + c.square() - 2 * gram * c[:, None] * c
+    ) / det  # squared length of the projection on each pair's plane
     square.fill_diagonal_(0)
-    return max(c.abs().max().item(), square.max().item() ** 0.5 if len(others) > 1 else 0.)
+    return max(c.abs().max().item(), square.max().item() ** 0.5 if len(others) > 1 else 0.0)
 
-def drop_redundant(decided: pd.DataFrame, candidates: CrossCoder, at_most: float = 0.9 # cosine
-             ) -> pd.DataFrame: # fewer are kept
+
+def drop_redundant(
+    decided: pd.DataFrame,
+    candidates: CrossCoder,
+    at_most: float = 0.9,  # cosine
+) -> pd.DataFrame:  # fewer are kept
     "Of the kept ones, drop those that lie along others or in the plane of two."
     directions, out = [nn.functional.normalize(candidates.directions(m).cpu(), dim=1) for m in range(2)], decided.copy()
     for model, d in zip("AB", directions):
         taken = []
-        for j in decided.index[decided.kept & (decided.model == model)][decided.fired[decided.kept & (decided.model == model)].argsort()[::-1]]:
-            if _along_plane(d[j], d[taken]) > at_most: out.loc[j, "kept"] = False
-            else: taken.append(j)
+        for j in decided.index[decided.kept & (decided.model == model)][
+            decided.fired[decided.kept & (decided.model == model)].argsort()[::-1]
+        ]:
+            if _along_plane(d[j], d[taken]) > at_most:
+                out.loc[j, "kept"] = False
+            else:
+                taken.append(j)
     return out
 
 # %% ../../nbs/training/34_exclusive.ipynb #10c3325a
 @torch.no_grad()
-def initialize_exclusive(cc: CrossCoder,        # its normalizer fitted
-          candidates: CrossCoder, decided: pd.DataFrame, guess):
+def initialize_exclusive(
+    cc: CrossCoder,  # its normalizer fitted
+    candidates: CrossCoder,
+    decided: pd.DataFrame,
+    guess,
+):
     "Write the kept candidates into the last features of `cc`, in place, and hold them there."
     kept = decided[decided.kept].sort_values("fired", ascending=False).head(cc.n_shared)
     which, at = torch.tensor(kept.index.to_numpy(dtype=int)), torch.arange(cc.dict_size - len(kept), cc.dict_size)
-    is_a, directions = torch.tensor((kept.model == "A").to_numpy(dtype=bool)), [candidates.directions(m)[which].cpu() for m in range(2)]
+    is_a, directions = (
+        torch.tensor((kept.model == "A").to_numpy(dtype=bool)),
+        [candidates.directions(m)[which].cpu() for m in range(2)],
+    )
     device, one_sided = cc.encoder.device, torch.cat([directions[0] * is_a[:, None], directions[1] * ~is_a[:, None]], 1)
     decoder = one_sided / cc.unit.cpu()
-    length = decoder.norm(dim=1, keepdim=True) / cc.decoder.norm(dim=1).median().cpu() # features keep the usual length of a direction, and take the rest as value
+    length = (
+        decoder.norm(dim=1, keepdim=True) / cc.decoder.norm(dim=1).median().cpu()
+    )  # features keep the usual length of a direction, and take the rest as value
     decoder = decoder / length
     if guess.linear:
-        reads = (candidates.encoder / candidates.unit)[which].cpu() @ guess.matrix                                       # residual and its normalizer folded in
-        bias = (candidates.encoder_bias - candidates.encoder @ (candidates.origin / candidates.unit))[which].cpu() - reads @ guess.mean
+        reads = (candidates.encoder / candidates.unit)[
+            which
+        ].cpu() @ guess.matrix  # residual and its normalizer folded in
+        bias = (candidates.encoder_bias - candidates.encoder @ (candidates.origin / candidates.unit))[
+            which
+        ].cpu() - reads @ guess.mean
         encoder, bias = reads * cc.unit.cpu(), bias + reads @ cc.origin.cpu()
         encoder, bias = encoder * length, bias * length[:, 0]
-    else: encoder, bias = decoder / decoder.square().sum(1, keepdim=True), torch.zeros(len(kept))
-    cc.decoder[at], cc.encoder[at], cc.encoder_bias[at], cc.frozen[at] = decoder.to(device), encoder.to(device), bias.to(device), 2 if guess.linear else 1
+    else:
+        encoder, bias = decoder / decoder.square().sum(1, keepdim=True), torch.zeros(len(kept))
+    cc.decoder[at], cc.encoder[at], cc.encoder_bias[at], cc.frozen[at] = (
+        decoder.to(device),
+        encoder.to(device),
+        bias.to(device),
+        2 if guess.linear else 1,
+    )
 
 # %% ../../nbs/training/34_exclusive.ipynb #aece21be
-def find_differences(cc: CrossCoder,           # two models; changed in place
-                     part,                     # the training part
-                     config: TrainConfig = None, # of the candidates' training, and of the network's; defaults if left out
-                     candidates: int | None = None, # how many features to look for; as many as the wider model has channels if left out
-                     out=None,                 # folder for the result
-                     progress: bool = True     # show progress bars
-                    ) -> pd.DataFrame: # a row a candidate: fired, probe_r2_a, probe_r2_b, model, kept; `attrs` has the guess
+def find_differences(
+    cc: CrossCoder,  # two models; changed in place
+    part,  # the training part
+    config: TrainConfig = None,  # of the candidates' training, and of the network's; defaults if left out
+    candidates: int | None = None,  # how many features to look for; as many as the wider model has channels if left out
+    out=None,  # folder for the result
+    progress: bool = True,  # show progress bars
+) -> pd.DataFrame:  # a row a candidate: fired, probe_r2_a, probe_r2_b, model, kept; `attrs` has the guess
     "Fill the end of a dictionary with what one model has and the other does not, before it is trained. Raises `BadInput` for other than two models."
-    if len(cc.d_in) != 2: raise BadInput(f"differences are between two models, this crosscoder has {len(cc.d_in)}: leave find_differences out")
-    if tuple(part.d_in) != cc.d_in: raise BadInput(f"the store holds activations of widths {tuple(part.d_in)}, the crosscoder expects {cc.d_in}")
-    if candidates is not None and candidates < 1: raise BadInput(f"candidates is {candidates}: expected at least 1; for none, leave find_differences out")
+    if len(cc.d_in) != 2:
+        raise BadInput(
+            f"differences are between two models, this crosscoder has {len(cc.d_in)}: leave find_differences out"
+        )
+    if tuple(part.d_in) != cc.d_in:
+        raise BadInput(f"the store holds activations of widths {tuple(part.d_in)}, the crosscoder expects {cc.d_in}")
+    if candidates is not None and candidates < 1:
+        raise BadInput(f"candidates is {candidates}: expected at least 1; for none, leave find_differences out")
     config, done = config or TrainConfig(), out and Path(out) / "placed.safetensors"
-    if not cc.fitted: cc.fit_normalizer(part)
-    if done and done.exists(): return _initialized_before(cc, done)
+    if not cc.fitted:
+        cc.fit_normalizer(part)
+    if done and done.exists():
+        return _initialized_before(cc, done)
     m = moments(part)
     guess = Affine(m, cc.d_in)
-    if max(guess.unexplained) > 0.5: guess = Network(m, cc.d_in, config.seed).fit(part, config, progress)
+    if max(guess.unexplained) > 0.5:
+        guess = Network(m, cc.d_in, config.seed).fit(part, config, progress)
     small = train_candidates(cc, part, guess, config, candidates, out, progress)
     decided = drop_redundant(select_features(probe_r2(small, part, guess, m)), small)
     initialize_exclusive(cc, small, decided, guess)
-    decided.attrs = {"guess": type(guess).__name__.lower(), "unexplained_a": guess.unexplained[0], "unexplained_b": guess.unexplained[1]}
-    if progress: print("difference: kept " + ", ".join(f"{(decided.kept & (decided.model == x)).sum()} for {x}" for x in "AB"))
-    if done: _keep(cc, decided, done)
+    decided.attrs = {
+        "guess": type(guess).__name__.lower(),
+        "unexplained_a": guess.unexplained[0],
+        "unexplained_b": guess.unexplained[1],
+    }
+    if progress:
+        print("difference: kept " + ", ".join(f"{(decided.kept & (decided.model == x)).sum()} for {x}" for x in "AB"))
+    if done:
+        _keep(cc, decided, done)
     return decided
 
+
 INITIALIZED = ("encoder", "decoder", "encoder_bias", "frozen")
+
 
 def _keep(cc, decided, path):
     at, state = cc.frozen.nonzero().squeeze(1), cc.state_dict()
@@ -203,10 +293,12 @@ def _keep(cc, decided, path):
     table = json.dumps({"rows": decided.to_dict("list"), "attrs": decided.attrs})
     write_atomic(path, to_safetensors(tensors, metadata={"candidates": table}))
 
+
 def _initialized_before(cc, path):
     tensors, metadata = open_safetensors(path)
     tensors, state = from_file(tensors), cc.state_dict()
-    for name in INITIALIZED: state[name][tensors["at"].to(cc.encoder.device)] = tensors[name].to(cc.encoder.device)
+    for name in INITIALIZED:
+        state[name][tensors["at"].to(cc.encoder.device)] = tensors[name].to(cc.encoder.device)
     found = json.loads(metadata["candidates"])
     table = pd.DataFrame(found["rows"])
     table.attrs = found["attrs"]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..basics import BadInput, remove_leftovers, write_atomic
 from ..data.batches import Batches
-from ..folder import append_metrics, CHECKPOINT, MODEL, read_metrics, update_config, write_metrics
+from ..folder import CHECKPOINT, MODEL, append_metrics, read_metrics, update_config, write_metrics
 from ..model.crosscoder import CrossCoder
 from .config import TrainConfig
 from .step import Trainer
@@ -25,6 +25,7 @@ from .step import Trainer
 # %% ../../nbs/training/33_loop.ipynb #38a92102
 class Callback:
     "Listens to a run; override what is needed."
+
     def begin(self, trainer): ...
     def after_step(self, trainer, metrics): ...
     def end(self, trainer): ...
@@ -32,66 +33,95 @@ class Callback:
 # %% ../../nbs/training/33_loop.ipynb #2bd89817
 class History(Callback):
     "A row of metrics each `log_every` steps, and `metrics.jsonl` in the run's folder."
-    def __init__(self, out=None): self.rows, self.out = [], out
+
+    def __init__(self, out=None):
+        self.rows, self.out = [], out
 
     def begin(self, trainer):
-        if not self.out: return
+        if not self.out:
+            return
         self.rows = read_metrics(self.out, up_to=trainer.step_number)
         write_metrics(self.out, self.rows)
 
     def after_step(self, trainer, metrics):
-        if trainer.step_number % trainer.config.log_every and trainer.step_number not in (1, trainer.config.steps): return
+        if trainer.step_number % trainer.config.log_every and trainer.step_number not in (1, trainer.config.steps):
+            return
         self.rows.append({"step": trainer.step_number, **metrics})
-        if self.out: append_metrics(self.out, self.rows[-1])
+        if self.out:
+            append_metrics(self.out, self.rows[-1])
+
 
 class Checkpoint(Callback):
     "The checkpoint file each `checkpoint_every` steps, removed when the run is finished."
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     def after_step(self, trainer, metrics):
-        if trainer.step_number % trainer.config.checkpoint_every: return
-        metrics["loss"] # raises if it is not finite, before the last good checkpoint is replaced
+        if trainer.step_number % trainer.config.checkpoint_every:
+            return
+        metrics["loss"]  # raises if it is not finite, before the last good checkpoint is replaced
         trainer.save_checkpoint(self.path)
 
 # %% ../../nbs/training/33_loop.ipynb #8934c09b
-def _describe_data(store): # what the training rows are, for comparing
+def _describe_data(store):  # what the training rows are, for comparing
     m = store.manifest
     index = getattr(store, "index", None)
-    return {"rows": len(store), "index": None if index is None else hashlib.sha256(index.numpy().tobytes()).hexdigest()[:12],
-            "shards": [s["sha256"][:12] for s in m["shards"]], "settings": m["settings"]}
+    return {
+        "rows": len(store),
+        "index": None if index is None else hashlib.sha256(index.numpy().tobytes()).hexdigest()[:12],
+        "shards": [s["sha256"][:12] for s in m["shards"]],
+        "settings": m["settings"],
+    }
 
 # %% ../../nbs/training/33_loop.ipynb #ae686387
 class _Run:
     "One crosscoder being trained, its folder and its callbacks."
+
     def __init__(self, cc, store, config, out, callbacks):
-        if tuple(store.d_in) != cc.d_in: raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the crosscoder expects {cc.d_in}")
-        if not len(store): raise BadInput("the store has no rows to train on")
+        if tuple(store.d_in) != cc.d_in:
+            raise BadInput(
+                f"the store holds activations of widths {tuple(store.d_in)}, the crosscoder expects {cc.d_in}"
+            )
+        if not len(store):
+            raise BadInput("the store has no rows to train on")
         self.cc, self.store, self.out, self.history = cc, store, out and Path(out), History(out)
         settings = {"model": cc.config(), "train": asdict(config), "data": _describe_data(store)}
         if out:
             self.final, self.checkpoint = self.out / MODEL, self.out / CHECKPOINT
-            for folder in (self.out, self.checkpoint.parent): remove_leftovers(folder)
+            for folder in (self.out, self.checkpoint.parent):
+                remove_leftovers(folder)
             update_config(out, **settings)
         self.finished = bool(out) and self.final.exists()
         self.trainer = None if self.finished else Trainer(cc, config, settings)
         self.callbacks = [self.history, *([Checkpoint(self.checkpoint)] if out else []), *callbacks]
 
-    def resume(self, fitted): # from the checkpoint, or at the beginning; `fitted`: crosscoders by kind of normalizer, which runs over one store have in common
-        if self.out and self.checkpoint.exists(): return self.trainer.load_checkpoint(self.checkpoint)
-        if self.cc.fitted: return
+    def resume(
+        self, fitted
+    ):  # from the checkpoint, or at the beginning; `fitted`: crosscoders by kind of normalizer, which runs over one store have in common
+        if self.out and self.checkpoint.exists():
+            return self.trainer.load_checkpoint(self.checkpoint)
+        if self.cc.fitted:
+            return
         kind = self.cc.config()["normalizer"]
-        if kind in fitted: self.cc.share_normalizer(fitted[kind])
-        else: self.cc.fit_normalizer(self.store)
+        if kind in fitted:
+            self.cc.share_normalizer(fitted[kind])
+        else:
+            self.cc.fit_normalizer(self.store)
         fitted[kind] = self.cc
 
 # %% ../../nbs/training/33_loop.ipynb #675faf1e
 @patch
-def step(self: _Run, number, batch): # the run's step of that number, unless it is past it
-    if self.trainer.step_number != number or number >= self.trainer.config.steps: return
+def step(self: _Run, number, batch):  # the run's step of that number, unless it is past it
+    if self.trainer.step_number != number or number >= self.trainer.config.steps:
+        return
     self.metrics = self.trainer.step(batch)
-    for c in self.callbacks: c.after_step(self.trainer, self.metrics)
+    for c in self.callbacks:
+        c.after_step(self.trainer, self.metrics)
+
 
 @patch
-def result(self: _Run): # -> the model in eval mode, history; leaves the final files
+def result(self: _Run):  # -> the model in eval mode, history; leaves the final files
     if self.finished:
         done = CrossCoder.load(self.out, self.cc.encoder.device)
         self.cc.load_state_dict(done.state_dict())
@@ -104,70 +134,117 @@ def result(self: _Run): # -> the model in eval mode, history; leaves the final f
             shutil.rmtree(self.checkpoint.parent, ignore_errors=True)
     return self.cc, pd.DataFrame(self.history.rows)
 
-def _origin(store): # models and layer that the activations are from
+
+def _origin(store):  # models and layer that the activations are from
     s = store.manifest["settings"]
     return {"models": s["pair"]["names"], "layer": s["layer"]} if s["from"] == "models" else {}
 
 # %% ../../nbs/training/33_loop.ipynb #af35d0a5
-def _try(failed, i, f, *args): # f(*args); where there is a `failed`, an error goes in there under i, and nothing more is tried for i
-    if failed is None: return f(*args)
-    if i in failed: return None
-    try: return f(*args)
-    except Exception as e: failed[i] = e
+def _try(
+    failed, i, f, *args
+):  # f(*args); where there is a `failed`, an error goes in there under i, and nothing more is tried for i
+    if failed is None:
+        return f(*args)
+    if i in failed:
+        return None
+    try:
+        return f(*args)
+    except Exception as e:
+        failed[i] = e
 
-def _loop(runs, batches, progress, failed): # runs by number
+
+def _loop(runs, batches, progress, failed):  # runs by number
     trainers = [r.trainer for r in runs.values()]
     start, stop = min(t.step_number for t in trainers), max(t.config.steps for t in trainers)
     for r in runs.values():
-        for c in r.callbacks: c.begin(r.trainer)
+        for c in r.callbacks:
+            c.begin(r.trainer)
     try:
-        with tqdm(total=stop, initial=start, desc="training" if len(runs) == 1 else f"training {len(runs)} crosscoders", unit=" steps", disable=not progress) as bar:
+        with tqdm(
+            total=stop,
+            initial=start,
+            desc="training" if len(runs) == 1 else f"training {len(runs)} crosscoders",
+            unit=" steps",
+            disable=not progress,
+        ) as bar:
             for number, batch in enumerate(batches.stream(start, stop), start):
-                for i, r in runs.items(): _try(failed, i, r.step, number, batch)
-                if failed and failed.keys() >= runs.keys(): break
-                if progress and number % trainers[0].config.log_every == 0: bar.set_postfix(_shown(runs.values()), refresh=False)
+                for i, r in runs.items():
+                    _try(failed, i, r.step, number, batch)
+                if failed and failed.keys() >= runs.keys():
+                    break
+                if progress and number % trainers[0].config.log_every == 0:
+                    bar.set_postfix(_shown(runs.values()), refresh=False)
                 bar.update()
     finally:
         for r in runs.values():
-            for c in r.callbacks: c.end(r.trainer)
+            for c in r.callbacks:
+                c.end(r.trainer)
 
-def _shown(runs): # what stands beside the bar: a number, or the range of several
+
+def _shown(runs):  # what stands beside the bar: a number, or the range of several
     last = [r.metrics for r in runs if hasattr(r, "metrics")]
     each = lambda form, name: "–".join(dict.fromkeys(form.format(f(m[name] for m in last)) for f in (min, max)))
-    return {name: each(form, name) for name, form in {"loss": "{:.3f}", "fve_a": "{:.3f}", "fve_b": "{:.3f}", "l0": "{:.0f}", "dead": "{:.0%}"}.items()} if last else {}
+    return (
+        {
+            name: each(form, name)
+            for name, form in {
+                "loss": "{:.3f}",
+                "fve_a": "{:.3f}",
+                "fve_b": "{:.3f}",
+                "l0": "{:.0f}",
+                "dead": "{:.0%}",
+            }.items()
+        }
+        if last
+        else {}
+    )
 
 # %% ../../nbs/training/33_loop.ipynb #16ba1cb6
-def train_many(crosscoders,           # trained in place; each on the device that it is on
-               store,                 # the training part: a store or a part of one
-               configs=None,          # a `TrainConfig` for all, or one for each, of one batch size and seed; defaults if left out
-               outs=None,             # a folder for each run; those that hold an unfinished one go on
-               callbacks=None,        # a list of further callbacks for each run
-               progress: bool = True, # show a progress bar
-               failed: dict = None    # the error of a run that fails goes in here under its number and the others go on; without it the first error ends them all
-              ) -> list: # for each the model in eval mode and its history as a DataFrame; None for one that failed
+def train_many(
+    crosscoders,  # trained in place; each on the device that it is on
+    store,  # the training part: a store or a part of one
+    configs=None,  # a `TrainConfig` for all, or one for each, of one batch size and seed; defaults if left out
+    outs=None,  # a folder for each run; those that hold an unfinished one go on
+    callbacks=None,  # a list of further callbacks for each run
+    progress: bool = True,  # show a progress bar
+    failed: dict = None,  # the error of a run that fails goes in here under its number and the others go on; without it the first error ends them all
+) -> list:  # for each the model in eval mode and its history as a DataFrame; None for one that failed
     "Train several crosscoders of any size, k and partition from one reading of the store, each to the same bits as alone; raises `BadInput`."
     n = len(crosscoders)
     configs = list(configs) if isinstance(configs, (list, tuple)) else [configs or TrainConfig()] * n
     outs, callbacks = outs or [None] * n, callbacks or [()] * n
     if not n == len(configs) == len(outs) == len(callbacks):
-        raise BadInput(f"{n} crosscoders were given with {len(configs)} configs, {len(outs)} folders and {len(callbacks)} lists of callbacks: expected one for each")
+        raise BadInput(
+            f"{n} crosscoders were given with {len(configs)} configs, {len(outs)} folders and {len(callbacks)} lists of callbacks: expected one for each"
+        )
     for name in ("batch_size", "seed"):
         if len(found := {getattr(c, name) for c in configs}) > 1:
-            raise BadInput(f"the configs have {name} {sorted(found)}: runs that share one reading need the same. Train the others in a call of their own")
-    runs, fitted = [_try(failed, i, _Run, *each) for i, each in enumerate(zip(crosscoders, [store] * n, configs, outs, callbacks))], {}
+            raise BadInput(
+                f"the configs have {name} {sorted(found)}: runs that share one reading need the same. Train the others in a call of their own"
+            )
+    runs, fitted = (
+        [
+            _try(failed, i, _Run, *each)
+            for i, each in enumerate(zip(crosscoders, [store] * n, configs, outs, callbacks))
+        ],
+        {},
+    )
     for i, r in enumerate(runs):
-        if r and not r.finished: _try(failed, i, r.resume, fitted)
+        if r and not r.finished:
+            _try(failed, i, r.resume, fitted)
     todo = {i: r for i, r in enumerate(runs) if r and not r.finished and i not in (failed or ())}
-    if todo: _loop(todo, Batches(store, configs[0].batch_size, configs[0].seed, pin=True), progress, failed)
+    if todo:
+        _loop(todo, Batches(store, configs[0].batch_size, configs[0].seed, pin=True), progress, failed)
     return [r and _try(failed, i, r.result) for i, r in enumerate(runs)]
 
 # %% ../../nbs/training/33_loop.ipynb #2f11a486
-def train(cc: CrossCoder,             # trained in place
-          store,                      # the training part: a store or a part of one
-          config: TrainConfig = None, # defaults if left out
-          out=None,                   # folder of the run; goes on if it holds an unfinished one
-          callbacks=(),               # further callbacks, e.g. `WandB(project, out)`
-          progress: bool = True       # show a progress bar
-         ): # -> the model in eval mode, history as a DataFrame
+def train(
+    cc: CrossCoder,  # trained in place
+    store,  # the training part: a store or a part of one
+    config: TrainConfig = None,  # defaults if left out
+    out=None,  # folder of the run; goes on if it holds an unfinished one
+    callbacks=(),  # further callbacks, e.g. `WandB(project, out)`
+    progress: bool = True,  # show a progress bar
+):  # -> the model in eval mode, history as a DataFrame
     "Train to the end, or go on from the last checkpoint; raises `BadInput` if the run in `out` has other settings."
     return train_many([cc], store, config, [out], [callbacks], progress)[0]

@@ -32,94 +32,134 @@ from .adam import Adam
 from .config import TrainConfig
 
 # %% ../../nbs/training/32_step.ipynb #a1d6a943
-def sparsity(codes: Codes, # features of a batch
-             start: int,   # first feature of the part
-             stop: int     # one past its last
-            ) -> Tensor: # scalar
+def sparsity(
+    codes: Codes,  # features of a batch
+    start: int,  # first feature of the part
+    stop: int,  # one past its last
+) -> Tensor:  # scalar
     "Mean value of the features `start` to `stop` over batch and features, zeros included; 0 for an empty part."
-    if stop <= start: return codes.values.new_zeros(())
+    if stop <= start:
+        return codes.values.new_zeros(())
     i = codes.layout.indices
     return codes.values[(i >= start) & (i < stop)].sum() / (len(codes.layout) * (stop - start))
 
 # %% ../../nbs/training/32_step.ipynb #356597ec
-def dead_layout(pre: Tensor,  # (n, n_features) pre-activations
-                dead: Tensor, # (n_dead,) numbers of the dead features
-                k: int        # at most so many a sample
-               ) -> Layout: # features counted among the dead ones: 0 is `dead[0]`
+def dead_layout(
+    pre: Tensor,  # (n, n_features) pre-activations
+    dead: Tensor,  # (n_dead,) numbers of the dead features
+    k: int,  # at most so many a sample
+) -> Layout:  # features counted among the dead ones: 0 is `dead[0]`
     "The strongest dead features of each sample."
     return select_topk(pre[:, dead], min(k, len(dead)))
 
 # %% ../../nbs/training/32_step.ipynb #ce081f1f
 class Trainer:
     "One model, its optimizer, and what a step needs to remember."
-    def __init__(self,
-                 cc: CrossCoder,             # trained in place
-                 config: TrainConfig = None, # defaults if left out
-                 info: dict | None = None):  # kept for callbacks and files
+
+    def __init__(
+        self,
+        cc: CrossCoder,  # trained in place
+        config: TrainConfig = None,  # defaults if left out
+        info: dict | None = None,
+    ):  # kept for callbacks and files
         self.cc, self.config, self.step_number, self.info = cc.train(), config or TrainConfig(), 0, info or {}
         self.weights = {name: p.detach() for name, p in cc.named_parameters()}
         self.grads = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.optimizer = Adam(self.weights, bits=self.config.adam_bits)
-        self.silent = torch.zeros(cc.dict_size, dtype=torch.long, device=cc.encoder.device) # samples since each feature fired
+        self.silent = torch.zeros(
+            cc.dict_size, dtype=torch.long, device=cc.encoder.device
+        )  # samples since each feature fired
         self.shadow = torch.empty_like(cc.encoder, dtype=torch.bfloat16) if self.config.precision == "bf16" else None
-        self._shadowed, self._kept = None, {} # version of the encoder that the shadow is a copy of; memory for what is as large as a batch
+        self._shadowed, self._kept = (
+            None,
+            {},
+        )  # version of the encoder that the shadow is a copy of; memory for what is as large as a batch
 
     @property
-    def dead(self): return self.silent >= self.config.dead_after # (dict_size,) bool
+    def dead(self):
+        return self.silent >= self.config.dead_after  # (dict_size,) bool
 
     @cached_property
-    def frozen(self): # name of a weight -> its rows that stay as they are
+    def frozen(self):  # name of a weight -> its rows that stay as they are
         decoder, everything = ((self.cc.frozen >= level).nonzero().squeeze(1) for level in (1, 2))
-        return {name: rows for name, rows in {"decoder": decoder, "encoder": everything, "encoder_bias": everything}.items() if len(rows)}
+        return {
+            name: rows
+            for name, rows in {"decoder": decoder, "encoder": everything, "encoder_bias": everything}.items()
+            if len(rows)
+        }
 
-    def kept(self, name, *shape, dtype=torch.float32): # a tensor that is there again in the next step: fresh memory costs more than what is written to it
-        if name not in self._kept or self._kept[name].shape != shape: self._kept[name] = torch.empty(shape, dtype=dtype, device=self.silent.device)
+    def kept(
+        self, name, *shape, dtype=torch.float32
+    ):  # a tensor that is there again in the next step: fresh memory costs more than what is written to it
+        if name not in self._kept or self._kept[name].shape != shape:
+            self._kept[name] = torch.empty(shape, dtype=dtype, device=self.silent.device)
         return self._kept[name]
 
 # %% ../../nbs/training/32_step.ipynb #576777b7
 @patch
-def encode(self: Trainer,
-           z: Tensor # (batch, Σd) normalized
-          ) -> tuple[Tensor, Codes]: # pre-activations (batch, dict_size) in the precision of the product; codes, float32
+def encode(
+    self: Trainer,
+    z: Tensor,  # (batch, Σd) normalized
+) -> tuple[Tensor, Codes]:  # pre-activations (batch, dict_size) in the precision of the product; codes, float32
     "Selected features of a batch, without autograd."
     cc = self.cc
     if self.shadow is None:
         pre = pre_activations(z, cc.encoder, cc.encoder_bias, self.kept("pre", len(z), cc.dict_size))
         return pre, self._exact(pre, cc.select(pre), z)
-    if self._shadowed != cc.encoder._version: self.shadow.copy_(cc.encoder)                 # somebody else wrote to it
-    pre = pre_activations(z.bfloat16(), self.shadow, cc.encoder_bias.bfloat16(), self.kept("pre", len(z), cc.dict_size, dtype=torch.bfloat16))
+    if self._shadowed != cc.encoder._version:
+        self.shadow.copy_(cc.encoder)  # somebody else wrote to it
+    pre = pre_activations(
+        z.bfloat16(),
+        self.shadow,
+        cc.encoder_bias.bfloat16(),
+        self.kept("pre", len(z), cc.dict_size, dtype=torch.bfloat16),
+    )
     proposed = self._exact(pre, cc.select(pre, min(cc.k + max(1, cc.k // 8), cc.dict_size)), z)
     return pre, ACTIVATIONS[cc.activation].strongest(proposed, cc.k)
 
+
 @patch
-def _exact(self: Trainer, pre, layout, z): # selected entries -> their float32 values after the ReLU
-    if self.shadow is None: return Codes(pre[layout.rows, layout.indices].relu(), layout)
+def _exact(self: Trainer, pre, layout, z):  # selected entries -> their float32 values after the ReLU
+    if self.shadow is None:
+        return Codes(pre[layout.rows, layout.indices].relu(), layout)
     return Codes((dots(layout, z, self.cc.encoder) + self.cc.encoder_bias[layout.indices]).relu(), layout)
 
 # %% ../../nbs/training/32_step.ipynb #4316fa70
 @patch
-def _delta(self: Trainer, codes, g, penalty=(0., 0.)): # gradient of each pre-activation: entries' share of g, a constant for exclusive and shared ones, the ReLU
+def _delta(
+    self: Trainer, codes, g, penalty=(0.0, 0.0)
+):  # gradient of each pre-activation: entries' share of g, a constant for exclusive and shared ones, the ReLU
     delta, indices = dots(codes.layout, g, self.cc.decoder), codes.layout.indices
-    if any(penalty): delta += torch.where(indices < sum(self.cc.partition.sizes), *penalty)
+    if any(penalty):
+        delta += torch.where(indices < sum(self.cc.partition.sizes), *penalty)
     return delta * (codes.values > 0)
 
-def _bound(layout, *pairs): # (values, norm of each sample's row): at most how long the sums over features are, all together
+
+def _bound(
+    layout, *pairs
+):  # (values, norm of each sample's row): at most how long the sums over features are, all together
     lengths = [sum_by_feature(layout, v.abs() * norm[layout.rows], norm.new_ones(len(norm), 1)) for v, norm in pairs]
     return sum(l.square().sum() for l in lengths).sqrt()
 
+
 @patch
-def _accumulate(self: Trainer, layout, values, delta, g, z, features=None): # the sums over features; added to `features` if given
-    put = lambda name, v, x: sum_by_feature(layout, v, x, out=self.grads[name].view(len(self.grads[name]), -1), features=features)
+def _accumulate(
+    self: Trainer, layout, values, delta, g, z, features=None
+):  # the sums over features; added to `features` if given
+    put = lambda name, v, x: sum_by_feature(
+        layout, v, x, out=self.grads[name].view(len(self.grads[name]), -1), features=features
+    )
     put("decoder", values, g), put("encoder", delta, z), put("encoder_bias", delta, z.new_ones(len(z), 1))
-    if not z.is_cuda: self.bound += _bound(layout, (values, g.norm(dim=1)), (delta, (z.norm(dim=1).square() + 1).sqrt()))
+    if not z.is_cuda:
+        self.bound += _bound(layout, (values, g.norm(dim=1)), (delta, (z.norm(dim=1).square() + 1).sqrt()))
 
 # %% ../../nbs/training/32_step.ipynb #3a9c00c2
 @patch
-def _revive(self: Trainer, pre, dead, z, g, every=4): # the auxiliary loss, its gradient added
+def _revive(self: Trainer, pre, dead, z, g, every=4):  # the auxiliary loss, its gradient added
     cc, pre, z, error = self.cc, pre[::every], z[::every].contiguous(), g[::every] * (g.numel() / 2)
     among = dead_layout(pre, dead, max(1, cc.k // 2))
     codes = self._exact(pre, Layout(dead[among.indices], among.offsets, cc.dict_size), z)
-    missing = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(error)         # what is left is -error
+    missing = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(error)  # what is left is -error
     power = error.square().mean().clamp(min=1e-12)
     g = missing * (2 * self.config.aux_coef / (missing.numel() * power))
     self._accumulate(among, codes.values, self._delta(codes, g), g, z, dead)
@@ -128,58 +168,87 @@ def _revive(self: Trainer, pre, dead, z, g, every=4): # the auxiliary loss, its 
 # %% ../../nbs/training/32_step.ipynb #f80a00b2
 @patch
 @torch.no_grad()
-def gradients(self: Trainer,
-              z: Tensor # (batch, Σd) normalized
-             ) -> tuple: # loss and its terms by name, codes, squared error of each channel (Σd,)
+def gradients(
+    self: Trainer,
+    z: Tensor,  # (batch, Σd) normalized
+) -> tuple:  # loss and its terms by name, codes, squared error of each channel (Σd,)
     "Fill `grads` with the gradient of the loss on a batch."
     cc, c, split = self.cc, self.config, sum(self.cc.partition.sizes)
     pre, codes = self.encode(z)
     error = sum_by_sample(codes.layout, codes.values, cc.decoder).add_(cc.decoder_bias).sub_(z)
     squares = torch.square(error, out=self.kept("scratch", *z.shape)).sum(0)
-    terms = {"mse": squares.sum() / error.numel(), "l1_shared": sparsity(codes, split, cc.dict_size), "l1_exclusive": sparsity(codes, 0, split)}
+    terms = {
+        "mse": squares.sum() / error.numel(),
+        "l1_shared": sparsity(codes, split, cc.dict_size),
+        "l1_exclusive": sparsity(codes, 0, split),
+    }
     loss = terms["mse"] + c.sparsity_coef * terms["l1_shared"] + c.exclusive_sparsity_coef * terms["l1_exclusive"]
     g = error.mul_(2 / error.numel())
-    penalty = c.exclusive_sparsity_coef / (len(z) * max(split, 1)), c.sparsity_coef / (len(z) * max(cc.dict_size - split, 1))
-    self.bound = 0.
+    penalty = (
+        c.exclusive_sparsity_coef / (len(z) * max(split, 1)),
+        c.sparsity_coef / (len(z) * max(cc.dict_size - split, 1)),
+    )
+    self.bound = 0.0
     self._accumulate(codes.layout, codes.values, self._delta(codes, g, penalty), g, z)
     self.bound += torch.sum(g, 0, out=self.grads["decoder_bias"]).norm()
     dead = self.dead.nonzero().squeeze(1) if c.aux_coef else ()
     if len(dead):
         terms["aux"] = self._revive(pre, dead, z, g)
         loss = loss + c.aux_coef * terms["aux"]
-    for features, channels in cc.partition.forbidden: self.grads["encoder"][features, channels] = self.grads["decoder"][features, channels] = 0
-    for name, features in self.frozen.items(): self.grads[name][features] = 0
+    for features, channels in cc.partition.forbidden:
+        self.grads["encoder"][features, channels] = self.grads["decoder"][features, channels] = 0
+    for name, features in self.frozen.items():
+        self.grads[name][features] = 0
     return {"loss": loss, **terms}, codes, squares
 
 # %% ../../nbs/training/32_step.ipynb #557bb3bc
 class Metrics(Mapping):
     "The numbers of a step by name, floats. They are fetched from the device when first looked at; a loss that is not finite raises `BadInput` then."
-    def __init__(self, numbers, step, rate): # {name: 0-d tensor}; step and learning rate, for the message
-        self._names, self._stack, self._step, self._rate = list(numbers), torch.stack([v.float() for v in numbers.values()]), step, rate
+
+    def __init__(self, numbers, step, rate):  # {name: 0-d tensor}; step and learning rate, for the message
+        self._names, self._stack, self._step, self._rate = (
+            list(numbers),
+            torch.stack([v.float() for v in numbers.values()]),
+            step,
+            rate,
+        )
 
     @cached_property
     def _floats(self):
         found = dict(zip(self._names, self._stack.tolist()))
         if not abs(found["loss"]) < float("inf"):
-            raise BadInput(f"the loss of step {self._step} is {found['loss']}: the batch holds NaN or Inf, or the learning rate {self._rate} is too high")
+            raise BadInput(
+                f"the loss of step {self._step} is {found['loss']}: the batch holds NaN or Inf, or the learning rate {self._rate} is too high"
+            )
         return found
 
-    def __getitem__(self, name): return self._floats[name]
-    def __iter__(self): return iter(self._names)
-    def __len__(self): return len(self._names)
-    def __repr__(self): return repr(self._floats)
+    def __getitem__(self, name):
+        return self._floats[name]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+    def __repr__(self):
+        return repr(self._floats)
 
 # %% ../../nbs/training/32_step.ipynb #27309730
 @patch
-def _metrics(self: Trainer, terms, codes, squares, z): # -> Metrics
+def _metrics(self: Trainer, terms, codes, squares, z):  # -> Metrics
     raw, numbers = self.cc.unit.square(), dict(terms)
     left, spread = squares * raw, torch.sub(z, z.mean(0), out=self.kept("scratch", *z.shape)).square_().sum(0) * raw
-    for name, c in zip("abcdefgh", self.cc.partition.channels): numbers[f"fve_{name}"] = 1 - left[c].sum() / spread[c].sum()
+    for name, c in zip("abcdefgh", self.cc.partition.channels):
+        numbers[f"fve_{name}"] = 1 - left[c].sum() / spread[c].sum()
     numbers |= {"l0": (codes.values > 0).sum() / len(z), "dead": self.dead.float().mean()}
     return Metrics(numbers, self.step_number, self.config.lr)
 
+
 @patch
-def _remember(self: Trainer, codes, n): # who fired; batch top-k's threshold, a running mean of the smallest value selected
+def _remember(
+    self: Trainer, codes, n
+):  # who fired; batch top-k's threshold, a running mean of the smallest value selected
     on = codes.values > 0
     fired = torch.zeros_like(self.cc.encoder_bias).index_add_(0, codes.layout.indices, on.float())
     self.silent.add_(n).masked_fill_(fired > 0, 0)
@@ -189,24 +258,32 @@ def _remember(self: Trainer, codes, n): # who fired; batch top-k's threshold, a 
 
 # %% ../../nbs/training/32_step.ipynb #06438d4b
 @patch
-def _clipping(self: Trainer): # what the gradient is multiplied with, 0-d; None for nothing
-    if not self.silent.is_cuda and self.bound <= self.config.clip: return None
-    return (self.config.clip / (get_total_norm(list(self.grads.values())) + 1e-6)).clamp(max=1.)
+def _clipping(self: Trainer):  # what the gradient is multiplied with, 0-d; None for nothing
+    if not self.silent.is_cuda and self.bound <= self.config.clip:
+        return None
+    return (self.config.clip / (get_total_norm(list(self.grads.values())) + 1e-6)).clamp(max=1.0)
 
 # %% ../../nbs/training/32_step.ipynb #72c0adec
 @patch
 @torch.no_grad()
-def step(self: Trainer,
-         x # raw: (batch, M, d), or a tuple of (batch, d_m)
-        ) -> Metrics: # loss and its terms, fve_a, fve_b, l0, dead
+def step(
+    self: Trainer,
+    x,  # raw: (batch, M, d), or a tuple of (batch, d_m)
+) -> Metrics:  # loss and its terms, fve_a, fve_b, l0, dead
     "One whole step: forward, backward, clip, optimizer. On a CPU, NaN or Inf raise `BadInput` before anything is changed; on a GPU when the metrics are looked at."
     c = self.config
     x = self.cc.flat(x)
     z = self.cc.normalize(x, out=self.kept("z", *x.shape))
     terms, codes, squares = self.gradients(z)
     metrics = self._metrics(terms, codes, squares, z)
-    if not z.is_cuda: metrics["loss"]
-    self.optimizer.step(self.grads, c.rate(self.step_number), self._clipping(), {"encoder": self.shadow} if self.shadow is not None else None)
+    if not z.is_cuda:
+        metrics["loss"]
+    self.optimizer.step(
+        self.grads,
+        c.rate(self.step_number),
+        self._clipping(),
+        {"encoder": self.shadow} if self.shadow is not None else None,
+    )
     self._shadowed = self.cc.encoder._version
     self._remember(codes, len(z))
     self.step_number += 1
@@ -216,14 +293,23 @@ def step(self: Trainer,
 @patch
 def save_checkpoint(self: Trainer, path):
     "All the state there is, in one safetensors file."
-    tensors = {f"cc.{k}": v for k, v in to_file(self.cc.state_dict()).items()} | {f"adam.{k}": v for k, v in self.optimizer.state_dict().items()}
-    write_atomic(path, to_safetensors({k: v.detach().cpu().clone() for k, v in {**tensors, "silent": self.silent}.items()}, metadata={"step": str(self.step_number)}))
+    tensors = {f"cc.{k}": v for k, v in to_file(self.cc.state_dict()).items()} | {
+        f"adam.{k}": v for k, v in self.optimizer.state_dict().items()
+    }
+    write_atomic(
+        path,
+        to_safetensors(
+            {k: v.detach().cpu().clone() for k, v in {**tensors, "silent": self.silent}.items()},
+            metadata={"step": str(self.step_number)},
+        ),
+    )
+
 
 @patch
 def load_checkpoint(self: Trainer, path):
     "Take all of it back."
     tensors, metadata = open_safetensors(path)
-    part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+    part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     load_strictly(self.cc, from_file(part("cc.")), path)
     self.__dict__.pop("frozen", None)
     self.optimizer.load_state_dict(part("adam."))

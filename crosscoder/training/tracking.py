@@ -24,257 +24,370 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..basics import BadInput, write_atomic
-from ..folder import CONFIG, mean_fve, MODEL, read_config, read_metrics
+from ..folder import CONFIG, MODEL, mean_fve, read_config, read_metrics
 from .loop import Callback
 
 # %% ../../nbs/training/35_tracking.ipynb #740911f3
-BLOCK = 32768 # bytes
+BLOCK = 32768  # bytes
 
-def records(path # a .wandb file
-           ): # yields W&B's records and the byte at which each ends
+
+def records(
+    path,  # a .wandb file
+):  # yields W&B's records and the byte at which each ends
     "Records of an offline run's file up to where it was cut off."
     from wandb.proto.wandb_internal_pb2 import Record
+
     data, at, parts = Path(path).read_bytes(), 7, b""
     while at + 7 <= len(data):
         left = BLOCK - at % BLOCK
-        if left < 7: # too little for a chunk: filled up
+        if left < 7:  # too little for a chunk: filled up
             at += left
             continue
-        checksum, end, kind = int.from_bytes(data[at:at + 4], "little"), at + 7 + int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
-        if end > len(data) or zlib.crc32(data[at + 6:end]) != checksum: return
-        parts += data[at + 7:end]
+        checksum, end, kind = (
+            int.from_bytes(data[at : at + 4], "little"),
+            at + 7 + int.from_bytes(data[at + 4 : at + 6], "little"),
+            data[at + 6],
+        )
+        if end > len(data) or zlib.crc32(data[at + 6 : end]) != checksum:
+            return
+        parts += data[at + 7 : end]
         if kind in (1, 4):
             yield Record.FromString(parts), end
             parts = b""
         at = end
 
 # %% ../../nbs/training/35_tracking.ipynb #327fc5d0
-def offline_files(out,         # folder of a run
-                  id: str = "" # W&B's id; all of them if left out
-                 ) -> list: # paths, in the order in which they began
+def offline_files(
+    out,  # folder of a run
+    id: str = "",  # W&B's id; all of them if left out
+) -> list:  # paths, in the order in which they began
     "Files of offline runs in a folder."
-    return sorted((Path(out) / "wandb").glob(f"offline-run-*-{id}*/run-{id or '*'}.wandb"), key=lambda f: (f.parent.name.split("-")[2], len(f.parent.name), f.parent.name))
+    return sorted(
+        (Path(out) / "wandb").glob(f"offline-run-*-{id}*/run-{id or '*'}.wandb"),
+        key=lambda f: (f.parent.name.split("-")[2], len(f.parent.name), f.parent.name),
+    )
 
-def _items(update): # of a config, a summary or a row -> dict
+
+def _items(update):  # of a config, a summary or a row -> dict
     found = {}
     for i in update:
         *above, last = i.nested_key or [i.key]
         place = found
-        for name in above: place = place.setdefault(name, {})
+        for name in above:
+            place = place.setdefault(name, {})
         place[last] = json.loads(i.value_json)
     return found
 
 # %% ../../nbs/training/35_tracking.ipynb #70fef864
-def read_offline(out # folder of a run
-                ) -> dict: # id, project, group, name, exit_code (None while it runs); config, summary, history (a row a step), artifacts (name -> files)
+def read_offline(
+    out,  # folder of a run
+) -> dict:  # id, project, group, name, exit_code (None while it runs); config, summary, history (a row a step), artifacts (name -> files)
     "What the offline runs in a folder hold, put together as `wandb sync` does it."
     found = {"config": {}, "summary": {}, "history": [], "artifacts": {}}
     for path in offline_files(out):
         for record, _ in records(path):
             if record.HasField("run"):
                 r = record.run
-                found |= {"id": r.run_id, "project": r.project, "group": r.run_group, "name": r.display_name, "exit_code": None}
-            for part, update in {"config": record.run.config, "summary": record.summary}.items(): found[part] |= _items(update.update)
+                found |= {
+                    "id": r.run_id,
+                    "project": r.project,
+                    "group": r.run_group,
+                    "name": r.display_name,
+                    "exit_code": None,
+                }
+            for part, update in {"config": record.run.config, "summary": record.summary}.items():
+                found[part] |= _items(update.update)
             found["config"] |= _items(record.config.update)
-            if record.HasField("history"): found["history"].append(_items(record.history.item))
-            if record.HasField("artifact"): found["artifacts"][record.artifact.name] = {c.path: c.local_path for c in record.artifact.manifest.contents}
-            if record.HasField("exit"): found["exit_code"] = record.exit.exit_code
+            if record.HasField("history"):
+                found["history"].append(_items(record.history.item))
+            if record.HasField("artifact"):
+                found["artifacts"][record.artifact.name] = {
+                    c.path: c.local_path for c in record.artifact.manifest.contents
+                }
+            if record.HasField("exit"):
+                found["exit_code"] = record.exit.exit_code
     return {**found, "history": pd.DataFrame(found["history"])}
 
 # %% ../../nbs/training/35_tracking.ipynb #fdb2b453
 def wandb_mode() -> str:
     "`WANDB_MODE` if it is set; else online when logged in, else offline. Raises W&B's error if the login is refused or the server is not there."
     import wandb
+
     return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
 
 # %% ../../nbs/training/35_tracking.ipynb #5f85de7c
 class WandB(Callback):
     "Logs a run to Weights & Biases: settings and curves while it trains, `results` afterwards."
-    offline = False # for the runs that this process opens from now on: W&B has failed
+
+    offline = False  # for the runs that this process opens from now on: W&B has failed
     warned = False
 
-    def __init__(self,
-                 project: str,              # name of the project
-                 out=None,                  # folder of the run; W&B's files are in its folder wandb
-                 name: str | None = None,   # name of the run; the folder's by default
-                 group: str | None = None): # what it belongs to, e.g. the sweep
+    def __init__(
+        self,
+        project: str,  # name of the project
+        out=None,  # folder of the run; W&B's files are in its folder wandb
+        name: str | None = None,  # name of the run; the folder's by default
+        group: str | None = None,
+    ):  # what it belongs to, e.g. the sweep
         self.project, self.out, self.group = project, out and Path(out).absolute(), group
         self.name, self.run, self.id = name or (self.out and self.out.name), None, None
-        self.last = 0 # step that was logged last
+        self.last = 0  # step that was logged last
 
     @contextmanager
-    def careful(self): # W&B may fail, training may not
-        try: yield
+    def careful(self):  # W&B may fail, training may not
+        try:
+            yield
         except Exception as e:
             self.run, WandB.offline = None, True
-            self.warn(f"Weights & Biases failed: this run goes on without it, later ones are written offline ({type(e).__name__}: {e})")
+            self.warn(
+                f"Weights & Biases failed: this run goes on without it, later ones are written offline ({type(e).__name__}: {e})"
+            )
 
     def warn(self, message):
-        if not WandB.warned: warnings.warn(message)
+        if not WandB.warned:
+            warnings.warn(message)
         WandB.warned = True
 
 # %% ../../nbs/training/35_tracking.ipynb #6281d570
 @patch
-def _identify(self: WandB, config): # W&B's id of the run with this config
+def _identify(self: WandB, config):  # W&B's id of the run with this config
     trial = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    about = hashlib.sha256(json.dumps({k: config.get(k) for k in ("model", "train", "data")}, sort_keys=True).encode()).hexdigest()[:16]
+    about = hashlib.sha256(
+        json.dumps({k: config.get(k) for k in ("model", "train", "data")}, sort_keys=True).encode()
+    ).hexdigest()[:16]
     path = self.out and self.out / "wandb" / "id.json"
     kept = json.loads(path.read_text()) if path and path.exists() else {"id": self.id, "about": about}
-    if trial or not kept["id"] or kept["about"] != about: kept = {"id": trial or os.urandom(4).hex(), "about": about}
-    if path: write_atomic(path, json.dumps(kept))
+    if trial or not kept["id"] or kept["about"] != about:
+        kept = {"id": trial or os.urandom(4).hex(), "about": about}
+    if path:
+        write_atomic(path, json.dumps(kept))
     return kept["id"]
 
 # %% ../../nbs/training/35_tracking.ipynb #58f7b5e9
 @patch
-def _config(self: WandB, given): # sections of the run's settings, and a cell's settings flat
+def _config(self: WandB, given):  # sections of the run's settings, and a cell's settings flat
     sections = read_config(self.out) if self.out and (self.out / CONFIG).exists() else given
     return {**(sections.get("cell") or {}).get("settings", {}), **sections}
 
 # %% ../../nbs/training/35_tracking.ipynb #da2753ab
 @patch
-def _offline_step(self: WandB): # last step in the run's offline files, which are mended on the way
+def _offline_step(self: WandB):  # last step in the run's offline files, which are mended on the way
     last = 0
     for path in offline_files(self.out, self.id) if self.out else ():
         end = 7
-        for record, end in records(path): last = max(last, record.history.step.num)
-        if end < path.stat().st_size: write_atomic(path, path.read_bytes()[:end]) # a new file: if W&B is still writing, it is to the old one
+        for record, end in records(path):
+            last = max(last, record.history.step.num)
+        if end < path.stat().st_size:
+            write_atomic(path, path.read_bytes()[:end])  # a new file: if W&B is still writing, it is to the old one
     return last
 
+
 @patch
-def _open(self: WandB, given): # `given`: settings, for a run without a folder
+def _open(self: WandB, given):  # `given`: settings, for a run without a folder
     import wandb
+
     config = self._config(given)
     self.id = self._identify(config)
-    trial = "WANDB_SWEEP_ID" in os.environ # then the sweep says which run of which project this is
+    trial = "WANDB_SWEEP_ID" in os.environ  # then the sweep says which run of which project this is
     where = {} if trial else {"project": self.project, "id": self.id}
     before, mode = self._offline_step(), self._mode()
-    settings = wandb.Settings(silent=True, console="off", finish_timeout=600, finish_timeout_raises=True,
-                              x_save_requirements=False) # a list of all packages takes 0.1 s a run; the versions that matter are in config.json
-    self.run = wandb.init(**where, mode=mode, name=self.name, group=self.group, dir=self.out, config=config, resume="allow", reinit="create_new", settings=settings)
+    settings = wandb.Settings(
+        silent=True, console="off", finish_timeout=600, finish_timeout_raises=True, x_save_requirements=False
+    )  # a list of all packages takes 0.1 s a run; the versions that matter are in config.json
+    self.run = wandb.init(
+        **where,
+        mode=mode,
+        name=self.name,
+        group=self.group,
+        dir=self.out,
+        config=config,
+        resume="allow",
+        reinit="create_new",
+        settings=settings,
+    )
     self.last = max(self.last, before, self.run.starting_step - 1)
-    for row in read_metrics(self.out) if self.out else (): # in a run that goes on, `History` has dropped what is beyond the checkpoint
+    for row in (
+        read_metrics(self.out) if self.out else ()
+    ):  # in a run that goes on, `History` has dropped what is beyond the checkpoint
         self._log(row, row.pop("step"))
+
 
 @patch
 def _mode(self: WandB):
-    try: return "offline" if WandB.offline else wandb_mode()
+    try:
+        return "offline" if WandB.offline else wandb_mode()
     except Exception as e:
         WandB.offline = True
-        self.warn(f"Weights & Biases cannot be reached, so runs are written offline; `wandb sync` uploads them later ({type(e).__name__}: {e})")
+        self.warn(
+            f"Weights & Biases cannot be reached, so runs are written offline; `wandb sync` uploads them later ({type(e).__name__}: {e})"
+        )
         return "offline"
 
 # %% ../../nbs/training/35_tracking.ipynb #77e14305
 @patch
 def _log(self: WandB, metrics, step):
-    if step <= self.last: return
+    if step <= self.last:
+        return
     self.run.log(dict(metrics), step=step, commit=True)
     self.last = step
+
 
 @patch
 def begin(self: WandB, trainer):
     with self.careful():
         self._open({**trainer.info, "train": asdict(trainer.config)})
 
+
 @patch
 def after_step(self: WandB, trainer, metrics):
     step = trainer.step_number
-    if not self.run or (step % trainer.config.log_every and step not in (1, trainer.config.steps)): return
-    with self.careful(): self._log(metrics, step)
+    if not self.run or (step % trainer.config.log_every and step not in (1, trainer.config.steps)):
+        return
+    with self.careful():
+        self._log(metrics, step)
+
 
 @patch
 def end(self: WandB, trainer):
-    with self.careful(): self._finish(int(trainer.step_number < trainer.config.steps))
+    with self.careful():
+        self._finish(int(trainer.step_number < trainer.config.steps))
+
 
 @patch
-def _finish(self: WandB, code=0): # offline, W&B comes back before its file is whole: wait for the record that is last
+def _finish(self: WandB, code=0):  # offline, W&B comes back before its file is whole: wait for the record that is last
     if self.run:
         self.run.finish(exit_code=code)
-        written = lambda: not self.run.offline or any(record.HasField("exit") for record, _ in records(self.run.settings.sync_file))
+        written = lambda: (
+            not self.run.offline or any(record.HasField("exit") for record, _ in records(self.run.settings.sync_file))
+        )
         for _ in range(1000):
-            if written(): break
+            if written():
+                break
             time.sleep(0.01)
     self.run = None
 
 # %% ../../nbs/training/35_tracking.ipynb #70af2182
 LABELS = ("A", "B", "shared", "undecided", "dead")
 
-def summarize(evaluation: dict, # from `evaluate`
-              table             # from `feature_table`; None if there is none
-             ) -> dict: # name -> number, for the summary
+
+def summarize(
+    evaluation: dict,  # from `evaluate`
+    table,  # from `feature_table`; None if there is none
+) -> dict:  # name -> number, for the summary
     "Held-out numbers, their mean FVE, and the number of features with each label."
     labels = {} if table is None else table.label.value_counts()
-    return {"fve": mean_fve(evaluation), **{f"heldout/{k}": v for k, v in evaluation.items()}, **{f"features/{x}": int(labels.get(x, 0)) for x in LABELS if table is not None}}
+    return {
+        "fve": mean_fve(evaluation),
+        **{f"heldout/{k}": v for k, v in evaluation.items()},
+        **{f"features/{x}": int(labels.get(x, 0)) for x in LABELS if table is not None},
+    }
 
 # %% ../../nbs/training/35_tracking.ipynb #3c829a74
 @patch
 def _log_checkpoint(self: WandB):
     import wandb
-    if not self.out or not (self.out / MODEL).exists(): return
+
+    if not self.out or not (self.out / MODEL).exists():
+        return
     artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", self.name), type="model")
-    copy = shutil.copy(self.out / CONFIG, Path(self.run.dir) / "crosscoder.json") # as it is now: later stages may add to it
+    copy = shutil.copy(
+        self.out / CONFIG, Path(self.run.dir) / "crosscoder.json"
+    )  # as it is now: later stages may add to it
     for path, name in {self.out / MODEL: MODEL, Path(copy).absolute(): CONFIG}.items():
         artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)
     self.run.log_artifact(artifact)
 
+
 @patch
-def results(self: WandB,
-            evaluation: dict,            # from `evaluate`
-            table=None,                  # from `feature_table`
-            figures: dict | None = None): # name -> matplotlib figure
+def results(
+    self: WandB,
+    evaluation: dict,  # from `evaluate`
+    table=None,  # from `feature_table`
+    figures: dict | None = None,
+):  # name -> matplotlib figure
     "Add what is known after training: numbers, figures, and the checkpoint in the run's folder."
-    import matplotlib.pyplot # noqa: F401 (W&B recognizes no figure without it)
+    import matplotlib.pyplot  # noqa: F401 (W&B recognizes no figure without it)
     import wandb
+
     done, summary = self.out and self.out / "wandb" / "results.json", summarize(evaluation, table)
     with self.careful():
-        if done and done.exists() and json.loads(done.read_text()) == [self._identify(self._config({})), summary]: return
+        if done and done.exists() and json.loads(done.read_text()) == [self._identify(self._config({})), summary]:
+            return
         self._open({})
         self.run.summary.update(summary)
-        if figures: self._log({f"figures/{name}": wandb.Image(figure) for name, figure in figures.items()}, self.last + 1)
+        if figures:
+            self._log({f"figures/{name}": wandb.Image(figure) for name, figure in figures.items()}, self.last + 1)
         self._log_checkpoint()
         self._finish()
-        if done: write_atomic(done, json.dumps([self.id, summary]))
+        if done:
+            write_atomic(done, json.dumps([self.id, summary]))
 
 # %% ../../nbs/training/35_tracking.ipynb #5bfc55de
-def definition(cells,                  # axes: field -> values; or cells, things with a `name`
-               name: str,              # of the sweep
-               metric: str = "fve",    # in the runs' summary, see `summarize`
-               goal: str = "maximize") -> dict:
+def definition(
+    cells,  # axes: field -> values; or cells, things with a `name`
+    name: str,  # of the sweep
+    metric: str = "fve",  # in the runs' summary, see `summarize`
+    goal: str = "maximize",
+) -> dict:
     "A grid as the definition of a W&B sweep; raises `BadInput` if it is empty."
-    parameters = {k: list(v) for k, v in cells.items()} if isinstance(cells, dict) else {"cell": [c.name for c in cells]}
-    if empty := [k for k, v in parameters.items() if not v] or not parameters: raise BadInput(f"the grid has no values for {empty if empty is not True else 'anything'}")
-    return {"name": name, "method": "grid", "metric": {"name": metric, "goal": goal}, "parameters": {k: {"values": v} for k, v in parameters.items()}}
+    parameters = (
+        {k: list(v) for k, v in cells.items()} if isinstance(cells, dict) else {"cell": [c.name for c in cells]}
+    )
+    if empty := [k for k, v in parameters.items() if not v] or not parameters:
+        raise BadInput(f"the grid has no values for {empty if empty is not True else 'anything'}")
+    return {
+        "name": name,
+        "method": "grid",
+        "metric": {"name": metric, "goal": goal},
+        "parameters": {k: {"values": v} for k, v in parameters.items()},
+    }
 
 # %% ../../nbs/training/35_tracking.ipynb #512285f7
-def agent(sweep,                     # id of a W&B sweep (owner/project/id, or project/id, or id), or a definition to make one of
-          run,                       # called with name and settings of each trial
-          out,                       # folder for W&B's own files
-          project: str | None = None,# where the sweep is, if its id does not say so
-          count: int | None = None,  # trials to serve; until the sweep has no more by default
-          known=None                 # names of the fields that a trial may set; any if left out
-         ) -> dict: # trial -> what it failed with, None if it went well
+def agent(
+    sweep,  # id of a W&B sweep (owner/project/id, or project/id, or id), or a definition to make one of
+    run,  # called with name and settings of each trial
+    out,  # folder for W&B's own files
+    project: str | None = None,  # where the sweep is, if its id does not say so
+    count: int | None = None,  # trials to serve; until the sweep has no more by default
+    known=None,  # names of the fields that a trial may set; any if left out
+) -> dict:  # trial -> what it failed with, None if it went well
     "Run what a W&B sweep asks for; raises `BadInput` without a login or if there is no such sweep."
     import wandb
-    try: mode = wandb_mode()
-    except Exception as e: raise BadInput(f"W&B refuses the login: {e}. Run `wandb login` or set WANDB_API_KEY") from e
-    if mode != "online": raise BadInput("a W&B sweep needs its server, and nobody is logged in: run `wandb login` or set WANDB_API_KEY (and leave WANDB_MODE unset)")
+
+    try:
+        mode = wandb_mode()
+    except Exception as e:
+        raise BadInput(f"W&B refuses the login: {e}. Run `wandb login` or set WANDB_API_KEY") from e
+    if mode != "online":
+        raise BadInput(
+            "a W&B sweep needs its server, and nobody is logged in: run `wandb login` or set WANDB_API_KEY (and leave WANDB_MODE unset)"
+        )
     if isinstance(sweep, str) and not re.fullmatch(r"([\w.-]+/){0,2}[\w.-]+", sweep):
         raise BadInput(f"{sweep!r} is no id of a W&B sweep: expected owner/project/id, project/id or id")
-    ours = lambda: {n: v for n, v in os.environ.items() if n.startswith("WANDB_") and n != "WANDB_SERVICE"} # that one is of the process that W&B runs
+    ours = lambda: {
+        n: v for n, v in os.environ.items() if n.startswith("WANDB_") and n != "WANDB_SERVICE"
+    }  # that one is of the process that W&B runs
     before, outcome = ours(), {}
     os.environ["WANDB_DIR"] = str(out)
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        if isinstance(sweep, dict): sweep = wandb.sweep(sweep, project=project)
+        if isinstance(sweep, dict):
+            sweep = wandb.sweep(sweep, project=project)
         wandb.agent(sweep, lambda: _trial(run, known, outcome), project=project, count=count)
-    except Exception as e: raise BadInput(f"the W&B sweep {sweep if isinstance(sweep, str) else sweep['name']!r} cannot be served: {e}") from e
-    finally: # W&B leaves project, sweep and folder in the environment
-        for name in ours(): os.environ.pop(name)
+    except Exception as e:
+        raise BadInput(
+            f"the W&B sweep {sweep if isinstance(sweep, str) else sweep['name']!r} cannot be served: {e}"
+        ) from e
+    finally:  # W&B leaves project, sweep and folder in the environment
+        for name in ours():
+            os.environ.pop(name)
         os.environ.update(before)
     return outcome
 
 # %% ../../nbs/training/35_tracking.ipynb #55fad78d
-def _trial(run, known, outcome): # one trial, in the thread that W&B made for it; its errors end here
+def _trial(run, known, outcome):  # one trial, in the thread that W&B made for it; its errors end here
     from wandb.sdk.lib.config_util import dict_from_config_file
+
     name, settings = os.environ["WANDB_RUN_ID"], dict_from_config_file(os.environ["WANDB_SWEEP_PARAM_PATH"]) or {}
     try:
         if unknown := [k for k in settings if known is not None and k not in known]:
