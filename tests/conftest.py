@@ -9,7 +9,8 @@ import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
 HERE = Path(__file__).parent
-WORDS = "the a tool call name search find paper on cat dog sat user think respond weather city date query number list of in for to and".split()
+WORDS = "the a tool call name search find paper on cat dog sat user think respond weather city date".split()
+WORDS += "query number list of in for to and".split()
 CHAT = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|endoftext|> {% endfor %}"
 
 

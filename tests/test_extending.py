@@ -44,6 +44,7 @@ def test_a_format(tmp_path, monkeypatch):
 
 def test_an_activation(tmp_path):
     import toy_activation  # noqa: F401
+
     from crosscoder import ActivationStore, CrossCoder, TrainConfig, evaluate, train
     from crosscoder.data.planted import PlantedPair
     from crosscoder.model.sparse import ACTIVATIONS
@@ -67,9 +68,10 @@ def test_an_activation(tmp_path):
 
 def test_an_architecture(models):
     import toy_architecture  # noqa: F401
+    from transformers import AutoModelForCausalLM
+
     from crosscoder.basics import BadInput
     from crosscoder.data.models import BLOCKS, find_blocks
-    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(models[0])
     blocks = find_blocks(model)  # found by the search
