@@ -23,7 +23,7 @@ def compiled(arch: int) -> list[tuple[str, int, int, int, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from crosscoder import kernels
+    from crosscoder.model import kernels
 
     class Card:  # what Triton asks its driver while it compiles
         def get_current_target(self):
@@ -102,7 +102,8 @@ def test_kernels_compile_and_stay_in_registers(arch):
 
 SAME = """
 import torch
-from crosscoder import adam, kernels
+from crosscoder.model import kernels
+from crosscoder.training import adam
 def run(kernel):
     adam._kernel = lambda p: kernel # as if on a GPU, or not
     g = torch.Generator().manual_seed(0)
@@ -133,16 +134,19 @@ def test_adam_takes_the_same_steps_with_and_without_the_kernel(bits):
 
 STEPS = """
 import torch
-from crosscoder import adam, kernels, sparse
-from crosscoder.model import CrossCoder
-from crosscoder.step import TrainConfig, Trainer
-from crosscoder.synthetic import PlantedPair
+from dataclasses import replace
+from crosscoder.data.planted import PlantedPair
+from crosscoder.model import kernels, sparse
+from crosscoder.model.crosscoder import CrossCoder
+from crosscoder.training import adam
+from crosscoder.training.config import TrainConfig
+from crosscoder.training.step import Trainer
 x, _ = PlantedPair(n_concepts=40, d=20, exclusive=(4, 4)).sample(64 * 6)
-batch_topk = sparse.select_batch_topk
+batch_topk = sparse.ACTIVATIONS["batchtopk"]
 def run(on):
-    sparse._kernels = lambda t: kernels if on else None # as if on a GPU, or not
+    sparse.gpu_kernels = lambda t: kernels if on else None # as if on a GPU, or not
     adam._kernel = lambda p: kernels.adam if on else None
-    if on: sparse.select_batch_topk.__code__ = (lambda pre, k: _batch_topk_static(pre, len(pre) * k)).__code__
+    if on: sparse.ACTIVATIONS["batchtopk"] = replace(batch_topk, select=sparse.select_batch_topk_fixed)
     cc = CrossCoder((20, 20), 60, 4, exclusive=(6, 6), activation=ACTIVATION).fit_normalizer(x)
     t = Trainer(cc, TrainConfig(lr=1e-2, clip=0.1, aux_coef=0.1, dead_after=100, precision=PRECISION, sparsity_coef=1e-3))
     return [t.step(b) for b in x.split(64)], dict(cc.named_parameters())
