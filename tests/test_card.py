@@ -12,7 +12,10 @@ import torch
 from conftest import HERE, make_model
 from safetensors.torch import load_file
 
-from crosscoder import CrossCoder, DFCCrossCoder, TrainConfig, Trainer, dfc
+from crosscoder.model import dfc
+from crosscoder.model.crosscoder import CrossCoder, DFCCrossCoder
+from crosscoder.training.config import TrainConfig
+from crosscoder.training.step import Trainer
 
 FIXTURES = sorted(p.parent for p in (HERE / "fixtures").glob("*/model.pt"))
 

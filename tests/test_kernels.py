@@ -1,6 +1,9 @@
-"""The Triton kernels compiled for real cards, without one. As a script it prints what came out: `python tests/test_kernels.py 90`.
+"""The Triton kernels compiled for real cards, without one.
 
-The interpreter, in which the notebook runs them, takes things that the compiler refuses. Both exclude each other in one process, so the compiler gets its own.
+As a script it prints what came out: `python tests/test_kernels.py 90`.
+
+The interpreter, in which the notebook runs them, takes things that the compiler refuses.
+Both exclude each other in one process, so the compiler gets its own.
 """
 
 import os
@@ -17,13 +20,13 @@ N, D, F, K = 1024, 4096, 16384, 90  # the card's run: batch, channels, features,
 
 
 def compiled(arch: int) -> list[tuple[str, int, int, int, int]]:
-    "For each kernel at the card's shapes: name, warps, registers a thread, stack bytes a thread, shared bytes a program."
+    "Per kernel at the card's shapes: name, warps, registers and stack bytes per thread, shared bytes per program."
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from crosscoder import kernels
+    from crosscoder.model import kernels
 
     class Card:  # what Triton asks its driver while it compiles
         def get_current_target(self):
@@ -102,23 +105,31 @@ def test_kernels_compile_and_stay_in_registers(arch):
 
 SAME = """
 import torch
-from crosscoder import adam, kernels
+from crosscoder.model import kernels
+from crosscoder.training import adam
 def run(kernel):
     adam._kernel = lambda p: kernel # as if on a GPU, or not
     g = torch.Generator().manual_seed(0)
     params = {"a": torch.randn(70_001, generator=g), "b": torch.randn(30, 40, generator=g)}
     copies = {"b": torch.empty(30, 40, dtype=torch.bfloat16)}
     optimizer = adam.Adam(params, bits=BITS)
-    for step in range(3): optimizer.step({n: torch.randn(p.shape, generator=g) for n, p in params.items()}, 1e-2, torch.tensor(0.5), copies)
+    for step in range(3):
+        grads = {n: torch.randn(p.shape, generator=g) for n, p in params.items()}
+        optimizer.step(grads, 1e-2, torch.tensor(0.5), copies)
     return {**params, **optimizer.state_dict(), "copy": copies["b"]}
 x, y = run(kernels.adam), run(None)
-for name in x: print((x[name].double() - y[name].double()).abs().max().item(), (x[name] == y[name]).double().mean().item(), name)
+for name in x:
+    apart, same = (x[name].double() - y[name].double()).abs().max(), (x[name] == y[name]).double().mean()
+    print(apart.item(), same.item(), name)
 """
 
 
 @pytest.mark.parametrize("bits", [32, 16])
 def test_adam_takes_the_same_steps_with_and_without_the_kernel(bits):
-    "With 16 bits both draw the same random numbers, so nearly all second moments are equal bit by bit; the interpreter cuts a first moment off where torch rounds it."
+    """With 16 bits both draw the same random numbers, so nearly all second moments are equal bit by bit.
+
+    The interpreter cuts a first moment off where torch rounds it.
+    """
     lines = [
         line.split() for line in elsewhere("-c", SAME.replace("BITS", str(bits)), TRITON_INTERPRET="1").splitlines()
     ]
@@ -133,28 +144,34 @@ def test_adam_takes_the_same_steps_with_and_without_the_kernel(bits):
 
 STEPS = """
 import torch
-from crosscoder import adam, kernels, sparse
-from crosscoder.model import CrossCoder
-from crosscoder.step import TrainConfig, Trainer
-from crosscoder.synthetic import PlantedPair
+from dataclasses import replace
+from crosscoder.data.planted import PlantedPair
+from crosscoder.model import kernels, sparse
+from crosscoder.model.crosscoder import CrossCoder
+from crosscoder.training import adam
+from crosscoder.training.config import TrainConfig
+from crosscoder.training.step import Trainer
 x, _ = PlantedPair(n_concepts=40, d=20, exclusive=(4, 4)).sample(64 * 6)
-batch_topk = sparse.select_batch_topk
+batch_topk = sparse.ACTIVATIONS["batchtopk"]
 def run(on):
-    sparse._kernels = lambda t: kernels if on else None # as if on a GPU, or not
+    sparse.gpu_kernels = lambda t: kernels if on else None # as if on a GPU, or not
     adam._kernel = lambda p: kernels.adam if on else None
-    if on: sparse.select_batch_topk.__code__ = (lambda pre, k: _batch_topk_static(pre, len(pre) * k)).__code__
-    cc = CrossCoder((20, 20), 60, 4, exclusive=(6, 6), activation=ACTIVATION).fit_normalizer(x)
-    t = Trainer(cc, TrainConfig(lr=1e-2, clip=0.1, aux_coef=0.1, dead_after=100, precision=PRECISION, sparsity_coef=1e-3))
+    if on: sparse.ACTIVATIONS["batchtopk"] = replace(batch_topk, select=sparse.select_batch_topk_fixed)
+    cc = CrossCoder((20, 20), 60, 4, exclusive=(6, 6), activation=CHOSEN).fit_normalizer(x)
+    more = dict(precision=PRECISION, sparsity_coef=1e-3)
+    t = Trainer(cc, TrainConfig(lr=1e-2, clip=0.1, aux_coef=0.1, dead_after=100, **more))
     return [t.step(b) for b in x.split(64)], dict(cc.named_parameters())
 (metrics, params), (others, same) = run(False), run(True)
-print(max(abs(a[k] - b[k]) for a, b in zip(metrics, others) for k in a), max((p - same[n]).abs().max().item() for n, p in params.items()), "aux" in others[-1])
+numbers = max(abs(a[k] - b[k]) for a, b in zip(metrics, others) for k in a)
+weights = max((p - same[n]).abs().max().item() for n, p in params.items())
+print(numbers, weights, "aux" in others[-1])
 """
 
 
 @pytest.mark.parametrize("activation, precision", [("topk", "fp32"), ("topk", "bf16"), ("batchtopk", "bf16")])
 def test_whole_steps_by_the_kernels_are_the_same(activation, precision):
     numbers, weights, aux = elsewhere(
-        "-c", STEPS.replace("ACTIVATION", repr(activation)).replace("PRECISION", repr(precision)), TRITON_INTERPRET="1"
+        "-c", STEPS.replace("CHOSEN", repr(activation)).replace("PRECISION", repr(precision)), TRITON_INTERPRET="1"
     ).split()
     assert float(numbers) < 1e-3 and float(weights) < 1e-3 and aux == "True"
 
