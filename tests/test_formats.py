@@ -1,4 +1,4 @@
-"Other projects' files: read as their own code reads them, written as their own code wants them, refused where they do not fit."
+"Other projects' files: read and written as their own code does it, refused where they do not fit."
 
 import json
 import os
@@ -15,7 +15,8 @@ from conftest import HERE
 from safetensors.torch import load_file, save_file
 
 from crosscoder import BadInput, CrossCoder
-from crosscoder.model.formats import FORMATS, read_tensors, write_tensors
+from crosscoder.basics import open_safetensors
+from crosscoder.model.formats import FORMATS, load_weights, read_tensors, write_tensors
 
 FILES = HERE / "fixtures" / "formats"
 REFUSED = {"llama_topk"}
@@ -57,10 +58,8 @@ def test_reads_what_their_code_wrote(name):
 
 
 def test_jumprelu_with_many_thresholds_keeps_all_but_the_unit():
-    cc, expected = (
-        load(FILES / "crosscode_jump", *WARNED["crosscode_jump"]),
-        load_file(FILES / "crosscode_jump.safetensors"),
-    )
+    cc = load(FILES / "crosscode_jump", *WARNED["crosscode_jump"])
+    expected = load_file(FILES / "crosscode_jump.safetensors")
     thresholds = read_tensors(FILES / "crosscode_jump" / "model.pt")["_activation_fn.log_threshold_L"].exp()
     same(cc, {**expected, "features": expected["features"] * thresholds.median() / thresholds})
 
@@ -77,7 +76,7 @@ def test_partition_of_the_dfc_is_kept():
 
 
 def test_what_is_not_in_the_file_can_be_fitted():
-    "ckkissane's scale is sqrt(d) over the mean norm of each model; fitted on raw activations, features are those of scaled ones."
+    "ckkissane's scale is sqrt(d) over the mean norm of each model; fitted, features are the scaled ones'."
     cc, x = load(FILES / "ckkissane", *WARNED["ckkissane"]), load_file(FILES / "ckkissane.safetensors")["x"]
     factor = 8**0.5 / x.norm(dim=2).mean(0)
     plain = load(FILES / "ckkissane", *WARNED["ckkissane"])
@@ -166,6 +165,21 @@ def test_our_models_there_and_back(format, activation, exclusive, normalizer, tm
         assert back.info == cc.info
 
 
+@pytest.mark.parametrize("name", ["held", "frozen"])
+def test_the_frozen_buffer_is_called_held_in_files(name, tmp_path):
+    "We write the name that our files have always had, and read both."
+    cc = make("relu")
+    cc.frozen[2] = 1
+    cc.save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, header = open_safetensors(path)
+    assert "held" in tensors and "frozen" not in tensors
+    tensors[name] = tensors.pop("held")
+    write_tensors(path, tensors, header)
+    assert load_weights(path).state["frozen"].equal(cc.frozen)
+    assert CrossCoder.load(tmp_path).frozen.equal(cc.frozen)
+
+
 @pytest.mark.parametrize("format", ["dictionary_learning", "crosscode", "llamascopium"])
 def test_three_models(format, tmp_path):
     cc = make("relu", None if format == "llamascopium" else (2, 3, 4), models=3)
@@ -200,7 +214,9 @@ def test_what_we_write_looks_like_theirs(format, tmp_path):
 
 
 def test_written_features_by_their_formulas(tmp_path):
-    "What each project's forward does with our files, written down here once more in plain float64; the same lines give the numbers of their own files."
+    """What each project's forward does with our files, written down here once more in plain float64.
+
+    The same lines give the numbers of their own files."""
 
     def dl(t, x):
         f = torch.einsum(
@@ -326,13 +342,13 @@ def test_saelens_loads_one_half(activation, tmp_path):
     sae = sae_lens.SAE.load_from_disk(str(tmp_path / "out"))
     with torch.no_grad():
         out = {"features": sae.encode(x[:, 1]), "reconstruction": sae(x[:, 1])}
-    mean = cc.normalizer.shift.view(2, 8)
+    mean = cc.origin.view(2, 8)
     with torch.no_grad():
-        held = cc.encode(torch.stack([mean[0].expand(len(x), -1), x[:, 1]], 1)).clone()
-        held[:, : cc.a_end] = 0  # A's own features are zeros in B's half
-        alike = (held > 0).sum(1) == (out["features"] > 0).sum(1)
+        expected = cc.encode(torch.stack([mean[0].expand(len(x), -1), x[:, 1]], 1)).clone()
+        expected[:, : cc.a_end] = 0  # A's own features are zeros in B's half
+        alike = (expected > 0).sum(1) == (out["features"] > 0).sum(1)
         assert alike.float().mean() > (0.2 if activation == "topk" else 0.99)  # top-k gives A's places to others
-        assert (out["features"] - held)[alike].abs().max() <= 1e-6 * held.abs().max()
+        assert (out["features"] - expected)[alike].abs().max() <= 1e-6 * expected.abs().max()
         decoded = cc.decode(out["features"])[:, 1]
     assert (out["reconstruction"] - decoded).abs().max() <= 1e-6 * decoded.abs().max()
     assert "encoder is approximate" in sae.cfg.metadata.note
@@ -429,7 +445,7 @@ def test_settings_that_are_missing(name, file, tmp_path):
 
 
 def test_swapped_models_are_seen(tmp_path):
-    "The first model of a file is the first here: with both turned round, neither features nor reconstructions are the expected ones."
+    "The first model of a file is the first here: with both turned round, features are not the expected ones."
     shutil.copytree(FILES / "ckkissane", tmp_path / "x")
     t = read_tensors(FILES / "ckkissane" / "0.pt")
     write_tensors(tmp_path / "x" / "0.pt", {**t, "W_enc": t["W_enc"].flip(0)})
