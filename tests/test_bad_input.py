@@ -120,7 +120,7 @@ def test_nan_names_text_and_model(models, tmp_path):
 def _nan_store(tmp_path):
     x = torch.randn(2, 100, 8).index_fill_(1, torch.tensor([5]), float("nan"))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("crosscoder.activations._check_finite", lambda *args: None)  # the check that refuses such a store
+        m.setattr("crosscoder.data.store.check_finite", lambda *args: None)  # the check that refuses such a store
         store = ActivationStore.from_tensors(tmp_path / "n", list(x))
     return CrossCoder((8, 8), 32, 4, normalizer="none"), store, TrainConfig(steps=2, batch_size=100)
 

@@ -17,7 +17,7 @@ ROWS, WIDTH = 2048, 1024  # a shard of 8 MiB: two models, bf16
 READ = """
 import sys, torch
 from crosscoder import ActivationStore
-from crosscoder.batches import Batches
+from crosscoder.data.batches import Batches
 torch.set_num_threads(1)
 store = ActivationStore(sys.argv[1])
 batches = Batches(store, 512, buffer=2**25)
@@ -30,7 +30,7 @@ print(*(int(status[k].split()[0]) / 1024 for k in ("RssFile", "VmHWM")))
 HASHES = """
 import hashlib, sys, torch
 from crosscoder import ActivationStore
-from crosscoder.batches import Batches
+from crosscoder.data.batches import Batches
 batches = Batches(ActivationStore(sys.argv[1]), 700, seed=3, buffer=2**23)
 for batch in batches.stream(int(sys.argv[2]), 45):
     print(hashlib.sha256(b"".join(x.view(torch.uint8).numpy().tobytes() for x in batch)).hexdigest(), flush=True)
