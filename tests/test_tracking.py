@@ -244,8 +244,8 @@ from pathlib import Path
 import psutil
 import torch
 from crosscoder import ActivationStore, CrossCoder, TrainConfig, train
-from crosscoder.tracking import WandB
-from crosscoder.training import Callback
+from crosscoder.training.tracking import WandB
+from crosscoder.training.loop import Callback
 
 torch.set_num_threads(1)
 store, out, at, everything = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "all"
