@@ -1,9 +1,10 @@
-"""Run a stage in child processes that are killed with SIGKILL at random instants, and started again each time, until it is done.
+"""Run a stage in child processes that are killed with SIGKILL at random instants, and started again until it is done.
 
     python killed.py extract|train OUT KILLS SEED [more]
 
-Forks from a process that has everything imported and the models loaded, and has computed nothing, so a start costs milliseconds. Prints how often it killed, how many of the
-kills came when something, but not all, was on disk, and how long a start takes that finds nothing to do, and how long the last one before it took.
+Forks from a process that has everything imported and the models loaded, and has computed nothing, so a start costs
+milliseconds. Prints how often it killed, how many of the kills came when something, but not all, was on disk, and how
+long a start takes that finds nothing to do, and how long the last one before it took.
 """
 
 import json
@@ -85,16 +86,16 @@ def clock():
     return time.monotonic() - start
 
 
-rng, killed, mid = random.Random(seed), 0, 0
-setup, whole = map(
-    float, os.environ.get("SECONDS", "0 0").split()
-)  # of a start that finds nothing to do, and of one that does everything
+rng = random.Random(seed)
+killed, mid = 0, 0
+# of a start that finds nothing to do, and of one that does everything
+setup, whole = map(float, os.environ.get("SECONDS", "0 0").split())
 while killed < kills:
-    limit = (
-        setup + rng.uniform(0, 3 * (whole - setup) / kills) if killed % 2 else rng.uniform(0, setup)
-    )  # in the work; while it starts
+    in_the_work = killed % 2  # otherwise while it starts
+    limit = setup + rng.uniform(0, 3 * (whole - setup) / kills) if in_the_work else rng.uniform(0, setup)
     if attempt(limit):
         break
-    killed, mid = killed + 1, mid + halfway()
+    killed += 1
+    mid += halfway()
 whole = clock()
 print(f"killed {killed} times, {mid} of them halfway; {clock():.3f} {whole:.3f}")

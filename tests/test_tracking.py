@@ -1,4 +1,5 @@
-"""Weights & Biases against a server of our own that speaks its protocol as far as runs, artifacts and sweeps need it: real kills, `wandb sync`, an agent."""
+"""Weights & Biases against a server of our own, which speaks its protocol as far as runs, artifacts and sweeps need it:
+real kills, `wandb sync`, an agent."""
 
 import gzip
 import json
@@ -243,8 +244,8 @@ from pathlib import Path
 import psutil
 import torch
 from crosscoder import ActivationStore, CrossCoder, TrainConfig, train
-from crosscoder.tracking import WandB
-from crosscoder.training import Callback
+from crosscoder.training.tracking import WandB
+from crosscoder.training.loop import Callback
 
 torch.set_num_threads(1)
 store, out, at, everything = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "all"
@@ -257,7 +258,8 @@ class Kill(Callback):
 
 part, _ = ActivationStore(store).split(test=0.2)
 config = TrainConfig(steps=240, batch_size=64, checkpoint_every=50, log_every=1, dead_after=2000)
-train(CrossCoder((16, 16), dict_size=64, k=2), part, config, out=out, callbacks=[WandB("project", out, group="group"), Kill()], progress=False)
+cc = CrossCoder((16, 16), dict_size=64, k=2)
+train(cc, part, config, out=out, callbacks=[WandB("project", out, group="group"), Kill()], progress=False)
 """
 
 
@@ -438,7 +440,7 @@ def test_agent(server, fast, parts, tmp_path, monkeypatch):
 
 
 def test_the_command_serves_a_sweep(server, fast, tmp_path):
-    "`crosscoder sweep --wandb-agent new` makes the W&B sweep of a grid; trials are its cells, or settings; a cell that is done already still fills its trial's run."
+    "`crosscoder sweep --wandb-agent new` makes a grid's W&B sweep; a cell that is done already still fills its trial."
     from typer.testing import CliRunner
 
     from crosscoder.cli import app
