@@ -15,8 +15,8 @@ from hub_server import card_faults, running
 
 from crosscoder import BadInput, CrossCoder, ModelPair
 from crosscoder import cli as command_line
-from crosscoder.publish.card import FILES, model_card
-from crosscoder.publish.hub import check_folder, publish, write_folder
+from crosscoder.publishing.card import FILES, model_card
+from crosscoder.publishing.hub import check_folder, publish, write_folder
 
 ME = {
     "hf_me": {"name": "me", "orgs": ["my-org"]},
@@ -117,7 +117,7 @@ def python(hub, home, code, token="hf_me", **kwargs):
 SAY = """
 import warnings; warnings.simplefilter("ignore")
 from crosscoder import BadInput, CrossCoder
-from crosscoder.hub import publish, publish_sweep
+from crosscoder import publish, publish_sweep
 def said(f):
     try: print("done:", f())
     except BadInput as e: print("refused:", e)
