@@ -1,4 +1,4 @@
-"A small version of the study of planted truth: its thresholds fail if the trainer, the differences or the label are broken."
+"A small version of the study of planted truth: its thresholds fail if trainer, differences or label are broken."
 
 import pytest
 import torch
