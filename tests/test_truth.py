@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from crosscoder import ActivationStore
 from crosscoder.analysis.evidence import evidence, label_features
 from crosscoder.data.planted import planted_scores
+from crosscoder.data.store import ActivationStore
 from crosscoder.research.truth import Setting, planted_store, run
 from crosscoder.training.exclusive import find_differences
 from crosscoder.training.loop import train
