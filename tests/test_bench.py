@@ -57,3 +57,9 @@ def test_memory_and_accuracy(bench):
 def test_a_wrong_name_is_refused(tmp_path):
     done = cli("bench", "--quick", "--only", "speed", "--out", tmp_path)
     assert done.returncode == 2 and "no measurement is called 'speed': one of step, floor" in done.said
+
+
+def test_a_measurement_that_is_gone_is_refused(tmp_path):
+    done = cli("bench", "--quick", "--only", "step,variants", "--out", tmp_path)
+    assert done.returncode == 2 and "no measurement is called 'variants'" in done.said
+    assert "one of step, floor, memory, scaling, accuracy, extraction" in " ".join(done.said.split())

@@ -1,11 +1,11 @@
-"A small version of the study of planted truth: its thresholds fail if the trainer, the differences or the label are broken."
+"A small version of the study of planted truth: its thresholds fail if trainer, differences or label are broken."
 
 import pytest
 import torch
 
-from crosscoder import ActivationStore
 from crosscoder.analysis.evidence import evidence, label_features
 from crosscoder.data.planted import planted_scores
+from crosscoder.data.store import ActivationStore
 from crosscoder.research.truth import Setting, planted_store, run
 from crosscoder.training.exclusive import find_differences
 from crosscoder.training.loop import train
