@@ -8,34 +8,82 @@ __all__ = []
 
 # %% ../nbs/81_package.ipynb #7b7dca5c
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+# %% ../nbs/81_package.ipynb #c0000002
+if TYPE_CHECKING:
+    from .analysis.evaluation import evaluate as evaluate
+    from .analysis.features import feature_table as feature_table
+    from .basics import BadInput as BadInput
+    from .data.embedded import default_pair as default_pair
+    from .data.embedded import default_texts as default_texts
+    from .data.embedded import load_texts as load_texts
+    from .data.extraction import extract as extract
+    from .data.models import ModelPair as ModelPair
+    from .data.planted import PlantedPair as PlantedPair
+    from .data.planted import planted_scores as planted_scores
+    from .data.store import ActivationStore as ActivationStore
+    from .data.texts import Text as Text
+    from .data.texts import mix as mix
+    from .data.texts import render_chat as render_chat
+    from .model.crosscoder import CrossCoder as CrossCoder
+    from .model.crosscoder import DFCCrossCoder as DFCCrossCoder
+    from .publish.card import model_card as model_card
+    from .publish.hub import publish as publish
+    from .publish.hub import publish_sweep as publish_sweep
+    from .run.pipeline import diff as diff
+    from .run.report import write_report as write_report
+    from .run.run import Run as Run
+    from .sweep.effects import effects as effects
+    from .sweep.effects import pareto as pareto
+    from .sweep.effects import sweep_table as sweep_table
+    from .sweep.grid import RunSpec as RunSpec
+    from .sweep.grid import card_specs as card_specs
+    from .sweep.grid import read_grid as read_grid
+    from .sweep.runner import run_sweep as run_sweep
+    from .sweep.runner import run_sweep_on_ray as run_sweep_on_ray
+    from .training.config import TrainConfig as TrainConfig
+    from .training.exclusive import find_differences as find_differences
+    from .training.loop import train as train
+    from .training.step import Trainer as Trainer
 
 # %% ../nbs/81_package.ipynb #e86b75a0
 _WHERE = {
-    "sparse": ("BadInput",),
-    "model": ("CrossCoder", "DFCCrossCoder"),
-    "synthetic": ("PlantedPair", "planted_scores"),
-    "pairs": ("ModelPair", "default_pair"),
-    "texts": ("Text", "load_texts", "mix"),
-    "activations": ("ActivationStore",),
-    "extraction": ("extract",),
-    "training": ("TrainConfig", "Trainer", "train"),
-    "difference": ("find_differences",),
-    "evaluation": ("evaluate",),
-    "analysis": ("feature_table",),
-    "report": ("write_report",),
-    "sweep": ("RunSpec", "card_specs", "read_grid", "run_sweep", "run_sweep_on_ray"),
-    "axes": ("sweep_table", "effects", "pareto"),
-    "hub": ("publish", "publish_sweep", "model_card"),
+    "basics": ("BadInput",),
+    "model.crosscoder": ("CrossCoder", "DFCCrossCoder"),
+    "data.planted": ("PlantedPair", "planted_scores"),
+    "data.models": ("ModelPair",),
+    "data.embedded": ("default_pair", "load_texts", "default_texts"),
+    "data.texts": ("Text", "mix", "render_chat"),
+    "data.store": ("ActivationStore",),
+    "data.extraction": ("extract",),
+    "training.config": ("TrainConfig",),
+    "training.step": ("Trainer",),
+    "training.loop": ("train",),
+    "training.exclusive": ("find_differences",),
+    "analysis.evaluation": ("evaluate",),
+    "analysis.features": ("feature_table",),
+    "run.run": ("Run",),
+    "run.pipeline": ("diff",),
+    "run.report": ("write_report",),
+    "sweep.grid": ("RunSpec", "card_specs", "read_grid"),
+    "sweep.runner": ("run_sweep", "run_sweep_on_ray"),
+    "sweep.effects": ("sweep_table", "effects", "pareto"),
+    "publish": ("publish",),
+    "publish.hub": ("publish_sweep",),
+    "publish.card": ("model_card",),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = list(_MODULE)
+__all__ = list(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll] - the block above has them
 
 
-def __getattr__(name):  # a public name, loaded when it is first asked for
+def __getattr__(name: str) -> object:
+    "A public name, loaded when it is first asked for."
     if name not in _MODULE:
         raise AttributeError(f"module 'crosscoder' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"crosscoder.{_MODULE[name]}"), name)
+    module = import_module(f"crosscoder.{_MODULE[name]}")
+    return module if _MODULE[name] == name else getattr(module, name)  # `publish` is a subpackage that can be called
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

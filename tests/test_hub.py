@@ -15,8 +15,8 @@ from hub_server import card_faults, running
 
 from crosscoder import BadInput, CrossCoder, ModelPair
 from crosscoder import cli as command_line
-from crosscoder.publishing.card import FILES, model_card
-from crosscoder.publishing.hub import check_folder, publish, write_folder
+from crosscoder.publish.card import FILES, model_card
+from crosscoder.publish.hub import check_folder, publish, write_folder
 
 ME = {
     "hf_me": {"name": "me", "orgs": ["my-org"]},

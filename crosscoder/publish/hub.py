@@ -7,45 +7,49 @@ __all__ = ['check_folder', 'write_folder', 'publish', 'sweep_runs', 'publish_swe
 
 # %% ../../nbs/publish/76_hub.ipynb #47aba620
 import hashlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ..basics import BadInput, printable, write_atomic
+from ..folder import ERROR, EVALUATION, FEATURES, MODEL
 from ..model.crosscoder import CrossCoder
 from ..model.foreign import why
-from .card import FILES, _finished, _json, _name_of, model_card
+from .card import FILES, finished_run, model_card, read_object, repo_name
 from ..sweep.effects import read_sweep
 
 # %% ../../nbs/publish/76_hub.ipynb #7b21aeb1
 def check_folder(
-    folder,  # as `write_folder` leaves it
+    folder: str | Path,  # as `write_folder` leaves it
 ) -> Path:
     "The folder, if it holds all of `FILES`; else `BadInput` names those that are missing."
     folder = Path(folder)
     missing = [f for f in FILES if not (folder / f).is_file() or not (folder / f).stat().st_size]
     if missing:
-        raise BadInput(
-            f"{folder} lacks {', '.join(missing)}: a published folder holds {', '.join(FILES)}. Write it again from its run, or fetch it again"
-        )
+        lacks = f"{folder} lacks {', '.join(missing)}: a published folder holds {', '.join(FILES)}"
+        raise BadInput(f"{lacks}. Write it again from its run, or fetch it again")
     return folder
 
 
 def write_folder(
-    run,  # folder of a finished run
-    out,  # folder to write, made if it is not there
+    run: str | Path,  # folder of a finished run
+    out: str | Path,  # folder to write, made if it is not there
     repo: str,  # owner/name on the hub
-    **card,  # what `model_card` takes: title, licence, author, collection
+    **card: Any,  # what `model_card` takes: title, licence, author, collection
 ) -> Path:
     "All files of a repo. A full disk, an unfinished run or one that the card's format cannot hold raise `BadInput`."
     run, out = Path(run), Path(out)
-    cc, text = CrossCoder.load(_finished(run)), model_card(run, repo, **card)
-    cc.info["trained_at"] = datetime.fromtimestamp(int((run / "model.safetensors").stat().st_mtime), UTC).isoformat()
+    cc = CrossCoder.load(finished_run(run))
+    text = model_card(run, repo, **card)
+    cc.info["trained_at"] = datetime.fromtimestamp(int((run / MODEL).stat().st_mtime), UTC).isoformat()
     try:
         cc.save(out, format="card")
     except (OSError, RuntimeError) as e:  # torch says RuntimeError of a full disk
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise BadInput(
-            f"{out} could not be written: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}. Make room or choose another folder, and run again"
+            f"{out} could not be written: {reason}. Make room or choose another folder, and run again"
         ) from None
     write_atomic(out / "model.safetensors", cc.to_bytes())
     write_atomic(out / "README.md", text)
@@ -53,23 +57,24 @@ def write_folder(
 
 # %% ../../nbs/publish/76_hub.ipynb #02ddbd2b
 @contextmanager
-def _explained(repo, token):  # errors of the hub as BadInput
+def _explained(repo: str, token: str | None) -> Iterator[None]:
+    "Errors of the hub as `BadInput`."
     try:
         yield
     except (BadInput, KeyboardInterrupt):
         raise
-    except Exception as e:
-        raise BadInput(why(e, repo, token)) from None  # noqa: BLE001 - huggingface_hub, httpx and the file system have a dozen kinds
+    except Exception as e:  # huggingface_hub, httpx and the file system have a dozen kinds
+        raise BadInput(why(e, repo, token)) from None
 
 # %% ../../nbs/publish/76_hub.ipynb #48b34bea
 @contextmanager
-def _transfer(api, repo):  # Xet where the server has it, else git-lfs
+def _transfer(api: Any, repo: str) -> Iterator[None]:
+    "Xet where the server has it, else git-lfs."
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session
 
-    answer = get_session().get(
-        f"{api.endpoint}/api/models/{repo}/xet-write-token/main", headers=build_hf_headers(token=api.token)
-    )
+    address = f"{api.endpoint}/api/models/{repo}/xet-write-token/main"
+    answer = get_session().get(address, headers=build_hf_headers(token=api.token))
     before = constants.HF_HUB_DISABLE_XET
     constants.HF_HUB_DISABLE_XET = before or constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT not in answer.headers
     try:
@@ -77,44 +82,51 @@ def _transfer(api, repo):  # Xet where the server has it, else git-lfs
     finally:
         constants.HF_HUB_DISABLE_XET = before
 
-
-def _digests(path):  # size, sha256 of the file, and the name that git has for it
-    sha, git, size = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size), 0
+# %% ../../nbs/publish/76_hub.ipynb #3a030d5e
+def _digests(path: Path) -> tuple[int, str, str]:
+    "Size, SHA-256 of the file, and the name that git has for it."
+    sha = hashlib.sha256()
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    size = 0
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
-            sha.update(chunk), git.update(chunk)
+            sha.update(chunk)
+            git.update(chunk)
             size += len(chunk)
     return size, sha.hexdigest(), git.hexdigest()
 
 
-def _verify(api, repo, folder):  # BadInput unless the hub has what the folder has
+def _verify(api: Any, repo: str, folder: Path) -> None:
+    "`BadInput` unless the hub has what the folder has."
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     for name in FILES:
         there = get_hf_file_metadata(hf_hub_url(repo, name, endpoint=api.endpoint), token=api.token)
         size, *here = _digests(folder / name)
         if there.size != size or there.etag not in here:
-            raise BadInput(
-                f"{name} arrived damaged in {repo}: {there.size:,} bytes with the checksum {there.etag}, sent were {size:,} with {here[0]}. Run the same command again"
-            )
+            found = f"{there.size:,} bytes with the checksum {there.etag}, sent were {size:,} with {here[0]}"
+            raise BadInput(f"{name} arrived damaged in {repo}: {found}. Run the same command again")
 
 # %% ../../nbs/publish/76_hub.ipynb #5e8121d7
-def _plan(folder, repo, private):  # what would be done, in words
-    sizes = [(name, (folder / name).stat().st_size) for name in FILES]
+def _plan(folder: Path, repo: str, private: bool) -> str:
+    "What would be done, in words."
+    sizes = {name: (folder / name).stat().st_size for name in FILES}
     owner = "" if "/" in repo else " (under the name that your token belongs to)"
-    local = [m for m in (_json(folder / "hparams.json") or {}).values() if isinstance(m, str) and Path(m).is_absolute()]
-    return "\n".join(
-        [
-            f"card: {folder / 'README.md'}",
-            *(f"  {size:>13,} bytes  {name}" for name, size in sizes),
-            f"would create the {'private' if private else 'public'} repo {repo}{owner} and upload {len(sizes)} files, "
-            f"{sum(s for _, s in sizes) / 1e6:,.1f} MB. Nothing was sent",
-            *(f"mind that the card names a folder of this machine: {printable(m)}" for m in local),
-        ]
-    )
+    visible = "private" if private else "public"
+    named = (read_object(folder / "hparams.json") or {}).values()
+    local = [m for m in named if isinstance(m, str) and Path(m).is_absolute()]
+    lines = [
+        f"card: {folder / 'README.md'}",
+        *(f"  {size:>13,} bytes  {name}" for name, size in sizes.items()),
+        f"would create the {visible} repo {repo}{owner} and upload {len(sizes)} files, "
+        f"{sum(sizes.values()) / 1e6:,.1f} MB. Nothing was sent",
+        *(f"mind that the card names a folder of this machine: {printable(m)}" for m in local),
+    ]
+    return "\n".join(lines)
 
 
-def _signed_in(token, repo):  # -> the token, and the repo with its owner
+def _signed_in(token: str | None, repo: str) -> tuple[str, str]:
+    "The token, and the repo with its owner; without a token `BadInput`."
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
@@ -123,112 +135,115 @@ def _signed_in(token, repo):  # -> the token, and the repo with its owner
     if "/" in repo:
         return token, repo
     with _explained(repo, token):
-        return token, f"{HfApi().whoami(token)['name']}/{repo}"
+        repo = f"{HfApi().whoami(token)['name']}/{repo}"
+    return token, repo
 
-
-def _send(folder, repo, private, token):  # create, upload, compare -> address
+# %% ../../nbs/publish/76_hub.ipynb #a47f46c7
+def _send(folder: Path, repo: str, private: bool, token: str) -> str:  # address of the repo
+    "Create, upload, compare."
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
+    url = ""
     with _explained(repo, token):
         url = api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.repo_info(repo).private:
-            raise BadInput(
-                f"{repo} is there already and it is public: make it private in its settings first, or choose another name"
-            )
+            what_to_do = "make it private in its settings first, or choose another name"
+            raise BadInput(f"{repo} is there already and it is public: {what_to_do}")
         with _transfer(api, repo):
-            api.upload_folder(
-                repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload with crosscoder"
-            )
+            message = "Upload with crosscoder"
+            api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message=message)
         _verify(api, repo, folder)
     return str(url)
 
 # %% ../../nbs/publish/76_hub.ipynb #d2f6d574
 def publish(
-    run,  # folder of a finished run, or one that `write_folder` wrote
+    run: str | Path,  # folder of a finished run, or one that `write_folder` wrote
     repo: str,  # owner/name on the hub, or a name under your own account
-    private=False,  # who may see it
-    dry_run=False,  # write the folder, say what would be done, ask nothing of the network
-    token=None,  # by default the one you are logged in with
-    **card,  # what `model_card` takes: title, licence, author, collection
+    private: bool = False,  # who may see it
+    dry_run: bool = False,  # write the folder, say what would be done, ask nothing of the network
+    token: str | None = None,  # by default the one you are logged in with
+    **card: Any,  # what `model_card` takes: title, licence, author, collection
 ) -> str:  # address of the repo; what would be done if it is a dry run
-    "Write a run's folder as `run/hub`, upload it and compare what arrived. Raises `BadInput`; run again, it goes on."
+    "Write a run's folder as `run/hub`, upload it and compare what arrived. Raises `BadInput`; run again, it resumes."
     run = Path(run)
-    _name_of(repo)
+    repo_name(repo)
     card = {k: v for k, v in card.items() if v is not None}
     ready = (run / "dfc.py").exists() or (run / "model.pt").exists()  # no run, a folder to publish as it is
-    if ready:
-        if card:
-            raise BadInput(
-                f"{run} is written already, with a card of its own: put {', '.join(card)} into its README.md, or publish the run it is from"
-            )
-        check_folder(run)
-    else:
-        _finished(run)
-    if not dry_run:
-        token, repo = _signed_in(token, repo)
-    folder = run if ready else write_folder(run, run / "hub", repo, **card)
-    return _plan(folder, repo, private) if dry_run else _send(folder, repo, private, token)
+    if ready and card:
+        what_to_do = f"put {', '.join(card)} into its README.md, or publish the run it is from"
+        raise BadInput(f"{run} is written already, with a card of its own: {what_to_do}")
+    check_folder(run) if ready else finished_run(run)
+    if dry_run:
+        return _plan(run if ready else write_folder(run, run / "hub", repo, **card), repo, private)
+    token, repo = _signed_in(token, repo)
+    return _send(run if ready else write_folder(run, run / "hub", repo, **card), repo, private, token)
 
 # %% ../../nbs/publish/76_hub.ipynb #3ff2a491
+def _left_out(run: Path) -> str:
+    "Why a run of a sweep cannot be published; empty if it can."
+    if (run / ERROR).exists():
+        lines = (run / ERROR).read_text().strip().splitlines()
+        return "failed: " + (lines[0] if lines else "")
+    return "" if all((run / name).exists() for name in (MODEL, EVALUATION, FEATURES)) else "not finished"
+
+
 def sweep_runs(
-    folder,  # of a sweep
-) -> tuple:  # folders of the runs that are done; name -> why it is left out
-    "The runs of a sweep, and those that cannot be published."
-    folder, done, left = Path(folder), [], {}
-    read_sweep(folder)
-    for run in sorted(p for p in (folder / "runs").glob("*") if p.is_dir()):
-        if (run / "error.txt").exists():
-            left[run.name] = "failed: " + ((run / "error.txt").read_text().strip().splitlines() or [""])[0]
-        elif not all((run / name).exists() for name in ("model.safetensors", "evaluation.json", "features.parquet")):
-            left[run.name] = "not finished"
-        else:
-            done.append(run)
-    for name in read_sweep(folder)[1]:
-        if not (folder / "runs" / name).is_dir():
-            left[name] = "not begun"
+    folder: str | Path,  # of a sweep
+) -> tuple[list[Path], dict[str, str]]:  # folders of the runs that are done; name -> why it is left out
+    "The runs of a sweep, and those that cannot be published; raises `BadInput` if there is none to publish."
+    folder = Path(folder)
+    _, named = read_sweep(folder)
+    runs = sorted(p for p in (folder / "runs").glob("*") if p.is_dir())
+    reasons = {run: _left_out(run) for run in runs}
+    done = [run for run in runs if not reasons[run]]
+    left = {run.name: reason for run, reason in reasons.items() if reason}
+    left |= {name: "not begun" for name in named if not (folder / "runs" / name).is_dir()}
     if not done:
-        raise BadInput(
-            f"{folder} has no finished run to publish: {'; '.join(f'{k} {v}' for k, v in left.items()) or 'it has no runs'}"
-        )
+        why_none = "; ".join(f"{k} {v}" for k, v in left.items()) or "it has no runs"
+        raise BadInput(f"{folder} has no finished run to publish: {why_none}")
     return done, left
 
-
+# %% ../../nbs/publish/76_hub.ipynb #76acc897
 def publish_sweep(
-    folder,  # of a sweep
+    folder: str | Path,  # of a sweep
     namespace: str,  # your account or an organization of yours
-    private=False,  # who may see it
-    dry_run=False,  # write the folders, say what would be done, ask nothing of the network
-    token=None,  # by default the one you are logged in with
-    title=None,  # of the collection; the folder's name if left out
-    **card,  # what `model_card` takes: licence, author
+    private: bool = False,  # who may see it
+    dry_run: bool = False,  # write the folders, say what would be done, ask nothing of the network
+    token: str | None = None,  # by default the one you are logged in with
+    title: str | None = None,  # of the collection; the folder's name if left out
+    **card: Any,  # what `model_card` takes: licence, author
 ) -> str:  # address of the collection; what would be done if it is a dry run
-    "Publish the finished runs of a sweep as repos and list them in a collection. Raises `BadInput`; run again, it goes on."
-    from huggingface_hub import HfApi
-
-    folder, title = Path(folder), title or Path(folder).resolve().name
+    "Publish a sweep's finished runs as repos and list them in a collection. Raises `BadInput`; run again, it resumes."
+    title = title or Path(folder).resolve().name
     if "/" in namespace:
-        raise BadInput(
-            f"a sweep is published under an account, each run by its own name: expected the account alone, as {namespace.split('/')[0]}, found {namespace}"
-        )
+        expected = f"expected the account alone, as {namespace.split('/')[0]}, found {namespace}"
+        raise BadInput(f"a sweep is published under an account, each run by its own name: {expected}")
     done, left = sweep_runs(folder)
     for run in done:
-        _name_of(f"{namespace}/{run.name}")
+        repo_name(f"{namespace}/{run.name}")
     for name, reason in left.items():
         print(f"left out: {printable(name)}, {printable(reason)}")
     if dry_run:
         plans = [publish(run, f"{namespace}/{run.name}", private, True, **card) for run in done]
         return "\n".join([*plans, f"would list {len(done)} repos in the collection {title!r} of {namespace}"])
     token, _ = _signed_in(token, f"{namespace}/{done[0].name}")
+    return _send_sweep(done, namespace, private, token, title, card)
+
+
+def _send_sweep(runs: list[Path], namespace: str, private: bool, token: str, title: str, card: dict) -> str:
+    "Make the collection, then publish each run and list it there."
+    from huggingface_hub import HfApi
+
     api = HfApi(token=token)
+    slug = address = ""
     with _explained(f"the collection {title!r} of {namespace}", token):
         collection = api.create_collection(title, namespace=namespace, private=private, exists_ok=True)
-    for i, run in enumerate(done, 1):
+        slug, address = collection.slug, collection.url
+    for i, run in enumerate(runs, 1):
         repo = f"{namespace}/{run.name}"
-        print(
-            f"{i} of {len(done)}: {publish(run, repo, private, token=token, collection=collection.url, **card)}",
-            flush=True,
-        )
+        url = publish(run, repo, private, token=token, collection=address, **card)
+        print(f"{i} of {len(runs)}: {url}", flush=True)
         with _explained(repo, token):
-            api.add_collection_item(collection.slug, repo, "model", exists_ok=True)
-    return collection.url
+            api.add_collection_item(slug, repo, "model", exists_ok=True)
+    return address

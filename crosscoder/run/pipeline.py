@@ -12,7 +12,6 @@ __all__ = ['CONFIGS', 'PRESETS', 'PairConfig', 'TextConfig', 'ExtractConfig', 'S
 import gc
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace

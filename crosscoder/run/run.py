@@ -21,7 +21,6 @@ from crosscoder.folder import (
     MODEL,
     SEEDS_FOLDER,
     load_table,
-    made_again_with,
     mean_fve,
     read_config,
     read_evaluation,

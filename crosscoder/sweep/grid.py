@@ -19,7 +19,7 @@ import yaml
 from fastcore.basics import patch
 
 from ..basics import BadInput
-from ..training.config import FIELDS, ModelConfig, TrainConfig, _to_type, card_recipe
+from ..training.config import FIELDS, ModelConfig, TrainConfig, to_field_type, card_recipe
 
 # %% ../../nbs/sweep/70_grid.ipynb #6d5535a3
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunSpec:
                 f"cell {self.name}: there is no setting {key!r}; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(FIELDS)}"
             )
         try:
-            given = {key: _to_type(key, value) for key, value in self.settings.items()}
+            given = {key: to_field_type(key, value) for key, value in self.settings.items()}
         except ValueError as e:
             raise BadInput(f"cell {self.name}: {e}") from None
         object.__setattr__(self, "settings", {**{key: f.default for key, f in FIELDS.items()}, **given})
