@@ -4,29 +4,31 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'COLUMNS', 'SEEDS', 'Measure', 'read_sweep', 'sweep_table', 'pareto', 'plot_front', 'matched',
-           'noise_floor', 'effects', 'describe', 'plot_effects', 'plot_settings']
+           'noise_floor', 'Effect', 'effects', 'describe', 'plot_effects', 'plot_settings']
 
 # %% ../../nbs/sweep/71_effects.ipynb #6cecd8ce
 import json
 import math
+from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..analysis.plots import COLORS, INK, styled
-from ..basics import BadInput, printable
+from ..basics import BadInput, printable, read_json
+from ..folder import CONFIG, ERROR, EVALUATION, FEATURES, mean_fve
 from ..stats import interval
 
 # %% ../../nbs/sweep/71_effects.ipynb #87d8afe1
 class Measure(NamedTuple):
     "A number that a run has."
 
-    words: str  # for figures and sentences
-    times: int  # how it is shown: 100 for percent
-    tolerance: float  # a difference of this size does not matter; used where a sweep has no repeats
+    words: str  # for figures and tables
+    times: int = 1  # how it is shown: 100 for percent
+    tolerance: float = 1  # a difference of this size does not matter; used where a sweep has no repeats
 
 
 MEASURES = {
@@ -35,93 +37,86 @@ MEASURES = {
     "fve_b": Measure("FVE of B", 1, 0.005),
     "l0": Measure("L0", 1, 0.1),
     "dead": Measure("dead features", 100, 0.01),
-    **{
-        name: Measure(words, 1, 1)
-        for name, words in [
-            ("labelled", "exclusive features called"),
-            ("labelled_a", "features called A's"),
-            ("labelled_b", "features called B's"),
-            ("shared", "features called shared"),
-            ("undecided", "features undecided"),
-            ("in_a", "features given to A"),
-            ("in_b", "features given to B"),
-        ]
-    },
+    "labelled": Measure("features labelled exclusive"),
+    "labelled_a": Measure("features labelled A"),
+    "labelled_b": Measure("features labelled B"),
+    "shared": Measure("features labelled shared"),
+    "undecided": Measure("features undecided"),
+    "in_a": Measure("features given to A"),
+    "in_b": Measure("features given to B"),
 }
 COLUMNS = ("name", "state", *MEASURES, "error")  # of a sweep's table; any other column is an axis
+SEEDS = ("init_seed", "seed")  # axes whose steps are repeats
 
 # %% ../../nbs/sweep/71_effects.ipynb #b274816c
-def _object(path):  # the JSON object in a file
+def _object(path):
+    "The JSON object in a file; `BadInput` without the folder's path, for it stands in a table."
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path.name} is damaged: {e}") from None
+        found = read_json(path)
+    except (OSError, BadInput) as e:
+        reason = str(e).removeprefix(f"{path} is damaged: ")
+        raise BadInput(f"{path.name} is damaged: {reason}") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path.name} is damaged: expected an object, found a {type(found).__name__}")
     return found
 
 
-def _evaluated(path):  # FVE, L0 and dead features from evaluation.json
-    e, names = _object(path), {"fve_a": "fve_a", "fve_b": "fve_b", "l0": "l0_total", "dead": "dead_fraction"}
+def _evaluated(path):
+    "FVE, L0 and dead features from a run's evaluation."
+    numbers = _object(path)
+    names = {"fve_a": "fve_a", "fve_b": "fve_b", "l0": "l0_total", "dead": "dead_fraction"}
     for key in names.values():
-        if type(e.get(key)) not in (int, float) or not math.isfinite(e[key]):
-            raise BadInput(f"{path.name}: {key} is {e.get(key)}, expected a number")
-    found = {name: e[key] for name, key in names.items()}
-    return {"fve": (found["fve_a"] + found["fve_b"]) / 2, **found}
+        if type(numbers.get(key)) not in (int, float) or not math.isfinite(numbers[key]):
+            raise BadInput(f"{path.name}: {key} is {numbers.get(key)}, expected a number")
+    found = {name: numbers[key] for name, key in names.items()}
+    return {"fve": mean_fve({key: found[key] for key in ("fve_a", "fve_b")}), **found}
 
 # %% ../../nbs/sweep/71_effects.ipynb #d40ef39b
-def _counted(
-    path,
-):  # features by label and by partition from features.parquet, and why there are no labels if there are none
+def _counted(path):
+    "Features by label and by partition from a run's table; why there are no labels, if there are none."
     try:
         table = pd.read_parquet(path, columns=["label", "partition"])
     except (OSError, ValueError):
         raise BadInput(f"{path.name} is damaged, or no table of features") from None
-    labels, given = (table[c].value_counts().to_dict() for c in ("label", "partition"))
+    labels = table.label.value_counts().to_dict()
+    given = table.partition.value_counts().to_dict()
+    counts = {"in_a": given.get("A", 0), "in_b": given.get("B", 0)}
+    evidence = str(table.attrs.get("evidence", ""))
+    if evidence.startswith("none"):
+        return {**counts, "error": f"labels: {evidence}"}
     a, b, shared, undecided = (labels.get(x, 0) for x in ("A", "B", "shared", "undecided"))
-    untested = evidence if (evidence := str(table.attrs.get("evidence", ""))).startswith("none") else ""
-    called = (
-        {}
-        if untested
-        else {"labelled": a + b, "labelled_a": a, "labelled_b": b, "shared": shared, "undecided": undecided}
-    )
-    return {
-        **called,
-        "in_a": given.get("A", 0),
-        "in_b": given.get("B", 0),
-        "error": f"labels: {untested}" if untested else "",
-    }
+    labelled = {"labelled": a + b, "labelled_a": a, "labelled_b": b, "shared": shared, "undecided": undecided}
+    return {**labelled, **counts, "error": ""}
 
 # %% ../../nbs/sweep/71_effects.ipynb #c56fff48
-def _read(
-    folder, settings
-):  # -> the run's settings, and its row as far as there is one; `settings`: as the sweep has them, None if it does not name the run
+def _read(folder, settings):
+    "A run's settings, and its row as far as there is one; `settings`: as the sweep has them, None if it has none."
     if folder is None:
         return settings, {"state": "waiting"}
     try:
-        cell = _object(folder / "config.json").get("cell") if (folder / "config.json").exists() else None
-        if isinstance(cell, dict):
-            settings = cell.get("settings", settings)
-        if not isinstance(settings, dict):
-            raise BadInput("config.json does not say which cell of a sweep this is")
-        if (folder / "error.txt").exists():
-            raise BadInput(
-                printable(
-                    ((folder / "error.txt").read_text(errors="replace").strip() or "error.txt is empty").splitlines()[0]
-                )
-            )
-        if not all((folder / f).exists() for f in ("config.json", "evaluation.json", "features.parquet")):
+        settings = _own_settings(folder, settings)
+        if (folder / ERROR).exists():
+            text = (folder / ERROR).read_text(errors="replace").strip() or f"{ERROR} is empty"
+            raise BadInput(printable(text.splitlines()[0]))
+        if not all((folder / f).exists() for f in (CONFIG, EVALUATION, FEATURES)):
             return settings, {"state": "unfinished"}
-        return settings, {
-            "state": "done",
-            **_evaluated(folder / "evaluation.json"),
-            **_counted(folder / "features.parquet"),
-        }
+        return settings, {"state": "done", **_evaluated(folder / EVALUATION), **_counted(folder / FEATURES)}
     except BadInput as e:
         return settings if isinstance(settings, dict) else {}, {"state": "failed", "error": str(e)}
 
+
+def _own_settings(folder, settings):
+    "The settings that a run's folder says it has, else the sweep's; `BadInput` if neither says."
+    cell = _object(folder / CONFIG).get("cell") if (folder / CONFIG).exists() else None
+    if isinstance(cell, dict):
+        settings = cell.get("settings", settings)
+    if not isinstance(settings, dict):
+        raise BadInput(f"{CONFIG} does not say which cell of a sweep this is")
+    return settings
+
 # %% ../../nbs/sweep/71_effects.ipynb #28da9d3d
-def _tidy(value):  # a setting -> a number, a truth value or text
+def _tidy(value):
+    "A setting as a number, a truth value or text."
     if value is None:
         return "default"
     if isinstance(value, list):
@@ -136,56 +131,54 @@ def _tidy(value):  # a setting -> a number, a truth value or text
 
 # %% ../../nbs/sweep/71_effects.ipynb #a6f5a87a
 def read_sweep(
-    out,  # folder of a sweep
-) -> tuple:  # what sweep.json says, and its cells: name -> settings
+    out: str | Path,  # folder of a sweep
+) -> tuple[dict, dict[str, dict]]:  # what sweep.json says, and the settings of its runs by name
     "What a sweep is made of; raises `BadInput` if it is none, or damaged."
-    out = Path(out)
-    if not (out / "sweep.json").is_file():
+    path = Path(out) / "sweep.json"
+    if not path.is_file():
         raise BadInput(f"{out} is no sweep: it has no sweep.json. `crosscoder sweep --out {out}` makes one")
     try:
-        found = _object(out / "sweep.json")
-        cells = {c["name"]: c["settings"] for c in found["cells"]}
-        if all(isinstance(n, str) and isinstance(s, dict) for n, s in cells.items()):
-            return found, cells
+        found = _object(path)
+        settings = {c["name"]: c["settings"] for c in found["cells"]}
+        if all(isinstance(n, str) and isinstance(s, dict) for n, s in settings.items()):
+            return found, settings
         problem = "a name that is no text, or settings that are no object"
-    except (BadInput, KeyError, TypeError) as e:
-        problem = str(e) if isinstance(e, BadInput) else "no list `cells` of objects with `name` and `settings`"
-    raise BadInput(
-        f"{out / 'sweep.json'} cannot be read ({problem}). Move it away, and the command that began the sweep writes it again"
-    )
+    except BadInput as e:
+        problem = str(e)
+    except (KeyError, TypeError):
+        problem = "no list `cells` of objects with `name` and `settings`"
+    remedy = "Move it away, and the command that began the sweep writes it again"
+    raise BadInput(f"{path} cannot be read ({problem}). {remedy}")
 
-
+# %% ../../nbs/sweep/71_effects.ipynb #7100a001
 def sweep_table(
-    sweep,  # folder of a sweep, finished or not
+    sweep: str | Path,  # folder of a sweep, finished or not
 ) -> (
     pd.DataFrame
-):  # name, state, a column an axis, then `MEASURES` and error; `.attrs["constant"]`: settings that all runs share
-    "One row a run, in the sweep's order. A run that is damaged is failed, with the reason; a folder that is no sweep raises `BadInput`."
-    out = Path(sweep)
-    (_, cells), folders = read_sweep(out), {p.name: p for p in sorted((out / "runs").glob("*")) if p.is_dir()}
-    read = {
-        name: _read(folders.get(name), cells.get(name)) for name in [*cells, *(n for n in folders if n not in cells)]
-    }
-    names = list(dict.fromkeys(key for settings, _ in read.values() for key in settings))
-    values = {
-        key: [_tidy(settings.get(key)) if settings else "unknown" for settings, _ in read.values()] for key in names
-    }
-    axes = [key for key in names if len({v for v in values[key] if v != "unknown"}) > 1]
-    table = pd.DataFrame([row for _, row in read.values()], columns=COLUMNS).assign(
-        name=list(read), error=lambda t: t.error.fillna(""), **{a: values[a] for a in axes}
-    )
+):  # name, state, a column per axis, `MEASURES` and error; `.attrs["constant"]`: settings all runs share
+    "One row per run; one that is damaged is failed, with the reason. A folder that is no sweep raises `BadInput`."
+    _, specs = read_sweep(sweep)
+    folders = {p.name: p for p in sorted((Path(sweep) / "runs").glob("*")) if p.is_dir()}
+    runs = dict.fromkeys([*specs, *folders])
+    read = [_read(folders.get(name), specs.get(name)) for name in runs]
+    keys = list(dict.fromkeys(key for settings, _ in read for key in settings))
+    values = {key: [_tidy(s.get(key)) if s else "unknown" for s, _ in read] for key in keys}
+    known = {key: {v: None for v in values[key] if v != "unknown"} for key in keys}  # in order
+    axes = [key for key in keys if len(known[key]) > 1]
+    table = pd.DataFrame([row for _, row in read], columns=pd.Index(COLUMNS))
+    table = table.assign(name=list(runs), error=table.error.fillna(""), **{a: values[a] for a in axes})
     table = table[["name", "state", *axes, *COLUMNS[2:]]]
-    table.attrs["constant"] = {key: next(v for v in values[key] if v != "unknown") for key in names if key not in axes}
+    table.attrs["constant"] = {key: next(iter(known[key])) for key in keys if key not in axes}
     return table
 
 # %% ../../nbs/sweep/71_effects.ipynb #d7846745
-def _check(table, axes=(), measures=()):  # names that exist, or `BadInput`
+def _check(table, axes=(), measures=()):
+    "`BadInput` for an axis or measure that the table does not have."
     known = [c for c in table if c not in COLUMNS]
     for axis in axes:
         if axis not in known:
-            raise BadInput(
-                f"{axis!r} is no axis of this sweep: it has {', '.join(known) or 'none, as no setting differs between its runs'}"
-            )
+            there = ", ".join(known) or "none, as no setting differs between its runs"
+            raise BadInput(f"{axis!r} is no axis of this sweep: it has {there}")
     there = [m for m in MEASURES if m in table]
     for measure in measures:
         if measure not in there:
@@ -197,14 +190,16 @@ def pareto(
     x: str = "l0",  # less is better
     y: str = "fve",  # more is better
 ) -> pd.Series:  # of bool, True for the runs on the front
-    "The runs that no other beats: as much `y` with as little `x`, and one of them better. Runs that are not done never are."
+    "The finished runs that no other beats: as much `y` with as little `x`, and one of them better."
     _check(table, measures=(x, y))
     u, v = (table[c].where(table.state == "done").to_numpy(float) for c in (x, y))
-    beats = (u[:, None] <= u) & (v[:, None] >= v) & ((u[:, None] < u) | (v[:, None] > v))  # [i, j]: run i beats run j
+    as_good = (u[:, None] <= u) & (v[:, None] >= v)
+    beats = as_good & ((u[:, None] < u) | (v[:, None] > v))  # [i, j]: run i beats run j
     return pd.Series(~beats.any(0) & ~np.isnan(u) & ~np.isnan(v), index=table.index, name="front")
 
 # %% ../../nbs/sweep/71_effects.ipynb #2c9661d1
-def _order(value):  # numbers first, by size; several, as in 0.05,0.05, one after the other; then words
+def _order(value):
+    "For sorting: numbers, then words."
     try:
         return 0, tuple(float(v) for v in str(value).split(",")), ""
     except ValueError:
@@ -212,120 +207,125 @@ def _order(value):  # numbers first, by size; several, as in 0.05,0.05, one afte
 
 
 def _values(table, axis):
-    return sorted(set(table.loc[table.state == "done", axis]), key=_order)  # that finished runs have
+    "What finished runs have on an axis, in order."
+    return sorted(set(table.loc[table.state == "done", axis]), key=_order)
 
 
 def _shown(value):
-    return (
-        f"{value:,}"
-        if isinstance(value, (int, np.integer)) and type(value) is not bool
-        else f"{value:g}"
-        if isinstance(value, float)
-        else printable(value)
-    )
+    "A setting as text."
+    if isinstance(value, (int, np.integer)) and type(value) is not bool:
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else printable(value)
 
 # %% ../../nbs/sweep/71_effects.ipynb #c796d2fe
 def _figure(width, height, *shape, **kwargs):
+    "A figure and its panels, an array of (rows, columns)."
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
-    return fig, fig.subplots(*shape, **kwargs)
+    return fig, fig.subplots(*shape, squeeze=False, **kwargs)
 
 
-def _shades(values):  # value -> colour, from dark to light in their order
-    import matplotlib as mpl
-
-    return dict(zip(values, mpl.colormaps["plasma"](np.linspace(0, 0.85, len(values)))))
-
-
-def _say(axis_setter, text):
-    axis_setter(text, parse_math=False)  # settings are somebody's words: no TeX
+def _set_text(setter, text):
+    "A label that is somebody's words: no TeX."
+    setter(text, parse_math=False)
 
 
 def _label(measure):
-    return MEASURES[measure].words + {"l0": ": active features a token", "fve": ", mean of both models"}.get(
-        measure, " (%)" * (MEASURES[measure].times == 100)
-    )
+    "Of a measure's axis."
+    notes = {"l0": ": active features per token", "fve": ", mean of both models"}
+    return MEASURES[measure].words + notes.get(measure, " (%)" * (MEASURES[measure].times == 100))
+
+
+class _Look(NamedTuple):
+    "What colours or markers stand for."
+
+    axis: str | None
+    by_value: dict  # value of the axis -> colour or marker
+
+    def of(self, run):
+        return self.by_value[run[self.axis] if self.axis else None]
+
+
+def _colors(table, axis):
+    import matplotlib as mpl
+
+    values = _values(table, axis) if axis else [None]
+    return _Look(axis, dict(zip(values, mpl.colormaps["plasma"](np.linspace(0, 0.85, len(values))))))
+
+
+def _markers(table, axis):
+    return _Look(axis, dict(zip(_values(table, axis) if axis else [None], "osD^vPX*<>" * 9)))
 
 # %% ../../nbs/sweep/71_effects.ipynb #d3a56830
-def _dots(
-    ax, runs, front, x, y, colors, markers, size
-):  # runs by two measures; `colors` and `markers`: an axis or None, and the looks of its values
-    (color, shades), (marker, shapes) = colors, markers
-    for i, r in runs.to_dict("index").items():
-        ax.scatter(
-            r[x] * MEASURES[x].times,
-            r[y] * MEASURES[y].times,
-            s=size,
-            color=shades[r[color] if color else None],
-            marker=shapes[r[marker] if marker else None],
-            alpha=0.85,
-            edgecolor=INK if front[i] else "white",
-            lw=1.1 if front[i] else 0.4,
-            zorder=3 if front[i] else 2,
+def _dots(ax, runs, front, x, y, colors, markers, size):
+    "Runs by two measures; those on the front have a dark edge."
+    for i, run in runs.to_dict("index").items():
+        edge = (
+            {"edgecolor": INK, "lw": 1.1, "zorder": 3} if front[i] else {"edgecolor": "white", "lw": 0.4, "zorder": 2}
         )
+        at = run[x] * MEASURES[x].times, run[y] * MEASURES[y].times
+        ax.scatter(*at, s=size, color=colors.of(run), marker=markers.of(run), alpha=0.85, **edge)
 
 
-def _key(fig, colors, markers):  # what colours and markers mean, at the right
+def _legend(fig, colors, markers):
+    "What colours and markers mean, at the right."
     from matplotlib.lines import Line2D
 
-    looks = [(colors[0], v, {"color": c, "marker": "o"}) for v, c in colors[1].items()] + [
-        (markers[0], v, {"color": "#888888", "marker": m}) for v, m in markers[1].items()
-    ]
-    handles = [
-        Line2D([], [], color=INK, lw=0.8, label="front"),
-        *(Line2D([], [], ls="", ms=6, mew=0, label=f"{axis} {_shown(v)}", **look) for axis, v, look in looks if axis),
-    ]
+    handles = [Line2D([], [], color=INK, lw=0.8, label="front")]
+    blank: dict[str, Any] = {"ls": "", "ms": 6, "mew": 0}
+    if colors.axis:
+        looks = colors.by_value.items()
+        handles += [Line2D([], [], color=c, marker="o", label=f"{colors.axis} {_shown(v)}", **blank) for v, c in looks]
+    if markers.axis:
+        looks, gray = markers.by_value.items(), "#888888"
+        handles += [
+            Line2D([], [], color=gray, marker=m, label=f"{markers.axis} {_shown(v)}", **blank) for v, m in looks
+        ]
     for text in fig.legend(handles=handles, loc="outside right center").get_texts():
         text.set_parse_math(False)
 
-
+# %% ../../nbs/sweep/71_effects.ipynb #7100a003
 @styled
 def plot_front(
     table: pd.DataFrame,  # from `sweep_table`
     color: str | None = None,  # an axis
     marker: str | None = None,  # another
     panel: str | None = None,  # a third: beside the whole picture, one of each of its values from near by
-    x: str = "l0",
-    y: str = "fve",
+    x: str = "l0",  # a measure
+    y: str = "fve",  # another
 ):  # -> matplotlib Figure
-    "Each finished run by two measures, with the Pareto front; runs on it have a dark edge."
+    "Each finished run by two measures, with the Pareto front; no finished run raises `BadInput`."
     _check(table, [a for a in (color, marker, panel) if a], (x, y))
     done, front = table[table.state == "done"], pareto(table, x, y)
     if not len(done):
         raise BadInput("no run of this sweep is done: there is nothing to draw")
     near = _values(table, panel) if panel else []
-    colors, markers = (
-        (color, _shades(_values(table, color) if color else [None])),
-        (marker, dict(zip(_values(table, marker) if marker else [None], "osD^vPX*<>" * 9))),
-    )
-    fig, axes = _figure(5 + 2.1 * len(near), 3.6, 1, 1 + len(near), squeeze=False, width_ratios=[1.5, *[1] * len(near)])
+    colors, markers = _colors(table, color), _markers(table, marker)
+    fig, axes = _figure(5 + 2.1 * len(near), 3.6, 1, 1 + len(near), width_ratios=[1.5, *[1] * len(near)])
     line = done[front[done.index]].sort_values([x, y])
+    steps = line[x] * MEASURES[x].times, line[y] * MEASURES[y].times
     for ax, runs in zip(axes[0], [done, *(done[done[panel] == v] for v in near)]):
         _dots(ax, runs, front, x, y, colors, markers, 20 if ax is axes[0, 0] else 38)
         ax.autoscale(False)
-        ax.plot(
-            line[x] * MEASURES[x].times,
-            line[y] * MEASURES[y].times,
-            color=INK,
-            lw=0.8,
-            drawstyle="steps-post",
-            zorder=1,
-        )
+        ax.plot(*steps, color=INK, lw=0.8, drawstyle="steps-post", zorder=1)
     for ax, v in zip(axes[0, 1:], near):
-        _say(ax.set_title, f"{panel} {_shown(v)}")
+        _set_text(ax.set_title, f"{panel} {_shown(v)}")
     axes[0, 0].set(title=f"front: {len(line)} of {len(done)} runs", ylabel=_label(y))
     fig.supxlabel(_label(x), fontsize=9)
-    _key(fig, colors, markers)
+    _legend(fig, colors, markers)
     return fig
 
 # %% ../../nbs/sweep/71_effects.ipynb #e1025a40
-def _steps(table, axis):  # pairs of values to compare
+def _steps(table, axis):
+    "Pairs of values to compare."
     values = _values(table, axis)
-    return list(zip(values, values[1:])) if all(_order(v)[0] == 0 for v in values) else list(combinations(values, 2))
+    ordered = all(_order(v)[0] == 0 for v in values)
+    return list(zip(values, values[1:])) if ordered else list(combinations(values, 2))
 
 
-def _groups(table, but):  # finished runs that agree in every axis but these: lists of dicts
+def _groups(table, but):
+    "Finished runs that agree in every axis but these: lists of dicts."
     others, groups = [c for c in table if c not in COLUMNS and c not in but], {}
     for run in table[table.state == "done"].to_dict("records"):
         groups.setdefault(tuple(run[a] for a in others), []).append(run)
@@ -336,40 +336,34 @@ def matched(
     table: pd.DataFrame,  # from `sweep_table`
     axis: str,  # a setting that differs between the runs
     measure: str = "fve",  # one of `MEASURES`
-) -> pd.DataFrame:  # from, to, run_from, run_to, {measure}_from, {measure}_to, difference; `.attrs["alone"]`: finished runs without a partner
-    "Every pair of finished runs that differ in this axis alone, by a step from one value to the next. An unknown axis or measure raises `BadInput`."
+) -> pd.DataFrame:  # from, to, run_from, run_to, {measure}_from, {measure}_to, difference; `.attrs["alone"]`: others
+    "Pairs of finished runs a step of this axis apart, equal in all others; unknown names raise `BadInput`."
     _check(table, (axis,), (measure,))
+    rows = []
+    for (v, w), group in product(_steps(table, axis), _groups(table, (axis,))):
+        for a, b in product((r for r in group if r[axis] == v), (r for r in group if r[axis] == w)):
+            rows.append((v, w, a["name"], b["name"], a[measure], b[measure], b[measure] - a[measure]))
     columns = ["from", "to", "run_from", "run_to", f"{measure}_from", f"{measure}_to", "difference"]
-    rows = [
-        (v, w, a["name"], b["name"], a[measure], b[measure], b[measure] - a[measure])
-        for v, w in _steps(table, axis)
-        for group in _groups(table, (axis,))
-        for a, b in product((r for r in group if r[axis] == v), (r for r in group if r[axis] == w))
-    ]
-    pairs = pd.DataFrame(rows, columns=columns)
-    pairs.attrs["alone"] = [n for n in table.name[table.state == "done"] if n not in {*pairs.run_from, *pairs.run_to}]
+    pairs = pd.DataFrame(rows, columns=pd.Index(columns))
+    paired = {*pairs.run_from, *pairs.run_to}
+    pairs.attrs["alone"] = [n for n in table.name[table.state == "done"] if n not in paired]
     return pairs
 
 # %% ../../nbs/sweep/71_effects.ipynb #cb3579d0
-SEEDS = ("init_seed", "seed")
-
-
 def noise_floor(
     table: pd.DataFrame,  # from `sweep_table`
     measure: str,  # one of `MEASURES`
-) -> tuple[float, int]:  # the size, and the number of pairs of repeats it comes from: 0 for the fixed tolerance
-    "The typical difference (root mean square) of runs that differ in their seeds alone; without any the tolerance in `MEASURES`."
+) -> tuple[float, int]:  # its size, and the pairs of repeats that it comes from: 0 for the fixed tolerance
+    "Typical difference (root mean square) of runs that differ in their seeds alone, or else the tolerance."
     _check(table, measures=(measure,))
-    gaps = (
-        [b[measure] - a[measure] for group in _groups(table, SEEDS) for a, b in combinations(group, 2)]
-        if set(SEEDS) & set(table)
-        else []
-    )
+    repeats = _groups(table, SEEDS) if set(SEEDS) & set(table) else []
+    gaps = [b[measure] - a[measure] for group in repeats for a, b in combinations(group, 2)]
     gaps = [g for g in gaps if not math.isnan(g)]
     return (float(np.sqrt(np.mean(np.square(gaps)))), len(gaps)) if gaps else (MEASURES[measure].tolerance, 0)
 
 # %% ../../nbs/sweep/71_effects.ipynb #7e8de5e6
-def _verdict(n, low, high, size):  # one of the words above
+def _verdict(n, low, high, size):
+    "One of the words above."
     if n < 2:
         return "one pair" if n else "no pair"
     if -size <= low and high <= size:
@@ -377,64 +371,54 @@ def _verdict(n, low, high, size):  # one of the words above
     return "raises" if low > 0 else "lowers" if high < 0 else "not settled"
 
 
-def _effect(pairs, axis, v, w, measure, size):  # one row of `effects`
+class Effect(NamedTuple):
+    "What a step along an axis does to a measure."
+
+    axis: str
+    from_: Any  # column "from"
+    to: Any
+    measure: str
+    n: int  # pairs
+    difference: float  # mean over the pairs
+    low: float  # of the interval
+    high: float
+    least: float  # smallest single difference
+    most: float
+    noise_floor: float
+    verdict: str
+
+
+def _effect(pairs, axis, v, w, measure, size):
+    "One row of `effects`."
     d = pairs.difference[(pairs["from"] == v) & (pairs["to"] == w)].dropna()
     mean, low, high = interval(d)
     verdict = "a repeat" if axis in SEEDS else _verdict(len(d), low, high, size)
-    return {
-        "axis": axis,
-        "from": v,
-        "to": w,
-        "measure": measure,
-        "n": len(d),
-        "difference": mean,
-        "low": low,
-        "high": high,
-        "least": d.min(),
-        "most": d.max(),
-        "noise_floor": size,
-        "verdict": verdict,
-    }
+    return Effect(axis, v, w, measure, len(d), mean, low, high, d.min(), d.max(), size, verdict)
 
 # %% ../../nbs/sweep/71_effects.ipynb #bfae2e9a
-def _flat(table, measures):  # those that all finished runs have the same of, with the value
+def _flat(table, measures):
+    "Measures that all finished runs have the same of, with the value."
     values = {m: table.loc[table.state == "done", m].unique() for m in measures}
     return {m: float(v[0]) for m, v in values.items() if len(v) == 1 and not math.isnan(v[0])}
 
 
 def effects(
     table: pd.DataFrame,  # from `sweep_table`
-    measures=("fve", "l0", "dead", "labelled"),  # some of `MEASURES`
-    repeats: pd.DataFrame = None,  # runs among which some differ in their seeds alone, for the noise_floor; `table` if left out
-) -> (
-    pd.DataFrame
-):  # axis, from, to, measure, n (pairs), difference (mean), low, high, least, most, noise_floor, verdict
-    "What each step along each axis does to each measure. `.attrs`: measures and axes with one value only, runs by state, pairs of repeats, runs without a partner."
+    measures: Sequence[str] = ("fve", "l0", "dead", "labelled"),  # some of `MEASURES`
+    repeats: pd.DataFrame | None = None,  # runs of which some differ in their seeds alone; `table` if left out
+) -> pd.DataFrame:  # fields of `Effect`
+    "What each step along each axis does to each measure; `.attrs` says what `describe` notes below its table."
     _check(table, measures=measures)
-    axes, sizes = (
-        [c for c in table if c not in COLUMNS],
-        {m: noise_floor(table if repeats is None else repeats, m) for m in measures},
-    )
+    axes = [c for c in table if c not in COLUMNS]
+    floors = {m: noise_floor(table if repeats is None else repeats, m) for m in measures}
     pairs = {(a, m): matched(table, a, m) for a in axes for m in measures}
-    rows = [_effect(pairs[a, m], a, v, w, m, sizes[m][0]) for a in axes for v, w in _steps(table, a) for m in measures]
-    columns = [
-        "axis",
-        "from",
-        "to",
-        "measure",
-        "n",
-        "difference",
-        "low",
-        "high",
-        "least",
-        "most",
-        "noise_floor",
-        "verdict",
-    ]
-    found = pd.DataFrame(rows, columns=columns).astype({"from": object, "to": object})
+    steps = [(a, v, w, m) for a in axes for v, w in _steps(table, a) for m in measures]
+    rows = [_effect(pairs[a, m], a, v, w, m, floors[m][0]) for a, v, w, m in steps]
+    found = pd.DataFrame(rows, columns=pd.Index(Effect._fields)).rename(columns={"from_": "from"})
+    found = found.astype({"from": object, "to": object})
     found.attrs = {
         "states": table.state.value_counts().sort_index().to_dict(),
-        "repeats": {m: n for m, (_, n) in sizes.items()},
+        "repeats": {m: n for m, (_, n) in floors.items()},
         "flat": _flat(table, measures),
         "same": [a for a in axes if len(_values(table, a)) < 2],
         "alone": {a: len(pairs[a, m].attrs["alone"]) for a in axes for m in measures[:1]},
@@ -443,100 +427,50 @@ def effects(
 
 # %% ../../nbs/sweep/71_effects.ipynb #fa35412f
 def _short(x):
-    return f"{float(f'{x:.3g}') + 0:,.6g}"  # three digits, no -0
+    "Three digits, no -0, nothing for nan."
+    return "" if math.isnan(x) else f"{float(f'{x:.3g}') + 0:,.6g}"
 
 
-def _amount(measure, x):  # a difference as it is shown; of percentages in points
-    text = _short(MEASURES[measure].times * x)
-    return text + (f" point{'s' * (text != '1')}" if MEASURES[measure].times == 100 else "")
+def _text_row(r):
+    "A row of `effects` as a person reads it."
+    times = MEASURES[r["measure"]].times
+    span = f"{_short(times * r['low'])} to {_short(times * r['high'])}" if r["n"] > 1 else ""
+    step = {"axis": r["axis"], "step": f"{_shown(r['from'])} → {_shown(r['to'])}"}
+    measure = MEASURES[r["measure"]].words + " (%)" * (times == 100)
+    numbers = {"pairs": r["n"], "difference": _short(times * r["difference"]), "95 % interval": span}
+    return {**step, "measure": measure, **numbers, "verdict": r["verdict"]}
 
 
-def _phrase(
-    r, n
-):  # what a step does to one measure: a verb, and its object; `n`: pairs that the sentence already named
-    words, times, _ = MEASURES[r.measure]
-    sign = -1 if r.verdict == "lowers" else 1
-    low, high = sorted((sign * r.low, sign * r.high))
-    by = f"{words} by {_amount(r.measure, sign * r.difference)}"
-    span = f" ({_short(times * low)} to {_amount(r.measure, high)}{f', {r.n} pairs' if r.n != n else ''})"
-    if r.n < 2:
-        return ("in the one pair there is, changes", by) if r.n else ("says nothing of", words)
-    if r.verdict in ("raises", "lowers"):
-        return r.verdict, by + span
-    return {
-        "not settled": "leaves open what it does to",
-        "does nothing": "does nothing to" if low <= 0 <= high else "does too little to matter to",
-    }[r.verdict], words + span
+def _notes(found) -> Iterator[str]:
+    "What the runs are, what counted as nothing, what was not compared."
+    yield "Runs: " + ", ".join(f"{n} {state}" for state, n in found.attrs["states"].items())
+    floors = dict.fromkeys(f"{m} {_short(y)}" for m, y in zip(found.measure, found.noise_floor))
+    repeats = max(found.attrs["repeats"].values(), default=0)
+    source = f"{repeats} pairs of repeats" if repeats else "a fixed tolerance, as no two runs differ in seeds alone"
+    if floors:
+        yield f"Noise floor: {', '.join(floors)} ({source})"
+    if alone := [f"{n} in {a}" for a, n in found.attrs["alone"].items() if n]:
+        yield f"Finished runs without a partner: {', '.join(alone)}"
+    if flat := [*(f"{m} ({_short(v)})" for m, v in found.attrs["flat"].items()), *found.attrs["same"]]:
+        yield f"The same in all finished runs: {', '.join(flat)}"
 
-
-def _clauses(rows, n):  # all of one step, what has the same verb in one go
-    verbs = {}
-    for r in rows.itertuples():
-        verbs.setdefault((p := _phrase(r, n))[0], []).append(p[1])
-    return "; ".join(f"{verb} {', '.join(said)}" for verb, said in verbs.items())
-
-# %% ../../nbs/sweep/71_effects.ipynb #de163202
-def _counted_runs(states):  # "46 of 48 runs are done, 1 failed, 1 waiting"
-    total, rest = sum(states.values()), [f"{n} {state}" for state, n in states.items() if state != "done"]
-    return f"{states.get('done', 0)} of {total} run{'s' * (total != 1)} {'are' if total != 1 else 'is'} done" + "".join(
-        f", {r}" for r in rest
-    )
-
-
-def _footnotes(found):  # what counted as nothing, and what was not compared
-    repeats, alone = max(found.attrs["repeats"].values()), {a: n for a, n in found.attrs["alone"].items() if n}
-    sizes = dict.fromkeys(f"{MEASURES[m].words} {_amount(m, y)}" for m, y in zip(found.measure, found.noise_floor))
-    how = (
-        f"as far apart as {repeats} pairs of runs that differ in their seeds alone typically are"
-        if repeats
-        else "a fixed tolerance: no two runs differ in their seeds alone"
-    )
-    flat = [
-        f"{_short(MEASURES[m].times * v)}{' %' * (MEASURES[m].times == 100)} {MEASURES[m].words}"
-        for m, v in found.attrs["flat"].items()
-    ]
-    if flat:
-        yield f"All finished runs have {', '.join(flat)}: where nothing varies there is nothing to see."
-    if (found.n > 1).any():
-        yield f"Nothing, or too little, is an interval within ± {', '.join(sizes)} ({how})."
-    if alone:
-        yield f"Finished runs without a partner: {', '.join(f'{n} in {a}' for a, n in alone.items())}."
-
-
+# %% ../../nbs/sweep/71_effects.ipynb #7100a004
 def describe(
     found: pd.DataFrame,  # from `effects`
 ) -> str:
-    "What each axis does, a line a step, in sentences."
-    lines = [
-        f"{_counted_runs(found.attrs['states'])}. Means over matched pairs, with 95 % intervals over the grid's other settings."
-    ]
+    "What each step along each axis does, as a table of text, with notes."
     told = found[~found.axis.isin(SEEDS) & ~found.measure.isin(found.attrs["flat"])]
-    for (axis, v, w), rows in told.groupby(["axis", "from", "to"], sort=False):
-        n, step = int(rows.n.max()), f"{axis} {_shown(v)} → {_shown(w)}"
-        nothing = ". It need not be thought about" if (rows.verdict == "does nothing").all() else ""
-        lines.append(
-            f"{step} ({n} pair{'s' * (n != 1)}): {_clauses(rows, n)}{nothing}."
-            if n
-            else f"{step}: no two finished runs differ in this alone."
-        )
-    if not len(found):
-        return f"{lines[0]}\nNothing can be compared: no setting differs between finished runs."
-    return "\n".join(
-        [*lines, *(f"{a}: all finished runs have the same." for a in found.attrs["same"]), *_footnotes(found)]
-    )
+    rows = [_text_row(r) for r in told.to_dict("records")]
+    table = pd.DataFrame(rows).to_string(index=False) if rows else "No setting differs between finished runs."
+    return "\n".join([table, "", *_notes(found)])
 
 # %% ../../nbs/sweep/71_effects.ipynb #de0284d7
-_LOOKS = {
-    "raises": (INK, INK),
-    "lowers": (INK, INK),
-    "not settled": (INK, "white"),
-    "one pair": (INK, "white"),  # line and filling
-    "does nothing": ("#999999", "white"),
-    "a repeat": ("#999999", "white"),
-}
+_GRAY, _OPEN, _FILLED = ("#999999", "white"), (INK, "white"), (INK, INK)  # line and filling
+_LOOKS = {"raises": _FILLED, "lowers": _FILLED, "does nothing": _GRAY, "a repeat": _GRAY}  # the others are open
 
 
-def _forest(ax, rows, y, measure):  # one panel: a row of `effects` at each height
+def _forest(ax, rows, y, measure):
+    "One panel: a row of `effects` at each height."
     words, times, _ = MEASURES[measure]
     size = times * rows.noise_floor.iloc[0]
     ax.axvspan(-size, size, color="#e8e8e8", lw=0, zorder=0)
@@ -544,100 +478,79 @@ def _forest(ax, rows, y, measure):  # one panel: a row of `effects` at each heig
     for height, r in zip(y, rows.itertuples()):
         if not r.n:
             continue
-        line, fill = _LOOKS[r.verdict]
+        line, fill = _LOOKS.get(r.verdict, _OPEN)
         ax.plot([times * r.least, times * r.most], [height] * 2, color=line, lw=0.6, zorder=2)
         if r.n > 1:
             ax.plot([times * r.low, times * r.high], [height] * 2, color=line, lw=2.6, solid_capstyle="butt", zorder=3)
         ax.plot(times * r.difference, height, "o", ms=5, color=line, mfc=fill, zorder=4)
     ax.set(title=words + (" (points)" if times == 100 else ""), ylim=(y[-1] + 0.6, -0.6))
+    ax.grid(axis="y", visible=False)
 
-
+# %% ../../nbs/sweep/71_effects.ipynb #7100a005
 @styled
 def plot_effects(
     found: pd.DataFrame,  # from `effects`
 ):  # -> matplotlib Figure
-    "Forest plot: a row a step along an axis, a panel a measure."
+    "Forest plot: one row per step along an axis, one panel per measure; nothing to draw raises `BadInput`."
     measures = list(dict.fromkeys(found.measure))
     if not measures:
         raise BadInput("no setting differs between the finished runs: there is no effect to draw")
-    first, y = found[found.measure == measures[0]], []
-    for axis, before in zip(first.axis, [None, *first.axis]):
-        y.append(y[-1] + (1 if axis == before else 1.5) if y else 0)  # a gap between axes
-    fig, axes = _figure(
-        2.2 + 1.9 * len(measures), 0.9 + 0.26 * y[-1] + 0.26, 1, len(measures), sharey=True, squeeze=False
-    )
-    for ax, m in zip(axes[0], measures):
-        _forest(ax, found[found.measure == m], y, m)
     most = found.groupby(["axis", "from", "to"], sort=False).n.max()
-    axes[0, 0].set_yticks(
-        y, [f"{a} {_shown(v)} → {_shown(w)}  ({n})" for (a, v, w), n in most.items()], parse_math=False
-    )
-    for ax in axes[0]:
-        ax.grid(axis="y", visible=False)
+    axes_of_rows = [axis for axis, _, _ in most.index]
+    gaps = [1 if axis == before else 1.5 for axis, before in zip(axes_of_rows[1:], axes_of_rows)]
+    y = [0.0, *np.cumsum(gaps)]
+    width, height = 2.2 + 1.9 * len(measures), 0.9 + 0.26 * y[-1] + 0.26
+    fig, panels = _figure(width, height, 1, len(measures), sharey=True)
+    for ax, m in zip(panels[0], measures):
+        _forest(ax, found[found.measure == m], y, m)
+    names = [f"{a} {_shown(v)} → {_shown(w)}  ({n})" for (a, v, w), n in most.items()]
+    panels[0, 0].set_yticks(y, names, parse_math=False)
     fig.supxlabel("mean difference over matched pairs, with 95 % interval (number of pairs in brackets)", fontsize=9)
     return fig
 
 # %% ../../nbs/sweep/71_effects.ipynb #b6e4eaa6
-def _strip(ax, table, axis, measure):  # one panel: runs by value of the axis, partners joined
+def _strip(ax, table, axis, measure):
+    "One panel: runs by value of the axis, partners joined."
     from matplotlib.collections import LineCollection
 
     times = MEASURES[measure].times
-    color = {
-        "labelled_a": COLORS["A"],
-        "in_a": COLORS["A"],
-        "fve_a": COLORS["A"],
-        "labelled_b": COLORS["B"],
-        "in_b": COLORS["B"],
-        "fve_b": COLORS["B"],
-    }.get(measure, INK)
+    color = COLORS.get({"_a": "A", "_b": "B"}.get(measure[-2:], ""), INK)
     done, values = table[table.state == "done"], _values(table, axis)
     at = {v: i for i, v in enumerate(values)}
     p = matched(table, axis, measure)
     ends = zip(p["from"].map(at), p["to"].map(at), times * p[f"{measure}_from"], times * p[f"{measure}_to"])
-    ax.add_collection(
-        LineCollection([[(i, a), (j, b)] for i, j, a, b in ends], color=color, lw=0.5, alpha=0.35, zorder=1)
-    )
+    lines = [[(i, a), (j, b)] for i, j, a, b in ends]
+    ax.add_collection(LineCollection(lines, color=color, lw=0.5, alpha=0.35, zorder=1))
     ax.scatter(done[axis].map(at), times * done[measure], s=12, color=color, alpha=0.6, lw=0, zorder=2)
     for v, i in at.items():
-        ax.plot(
-            [i - 0.25, i + 0.25], [times * done[measure][done[axis] == v].mean()] * 2, color=color, lw=1.8, zorder=3
-        )
-    ax.set_xticks(
-        range(len(values)),
-        [_shown(v).replace(",", ",\n") if "," in str(v) else _shown(v) for v in values],
-        parse_math=False,
-    )
+        mean = times * done[measure][done[axis] == v].mean()
+        ax.plot([i - 0.25, i + 0.25], [mean] * 2, color=color, lw=1.8, zorder=3)
+    names = [_shown(v).replace(",", ",\n") if "," in str(v) else _shown(v) for v in values]
+    ax.set_xticks(range(len(values)), names, parse_math=False)
     ax.set(xlim=(-0.5, len(values) - 0.5))
     ax.grid(axis="x", visible=False)
 
-
+# %% ../../nbs/sweep/71_effects.ipynb #7100a006
 @styled
 def plot_settings(
     table: pd.DataFrame,  # from `sweep_table`
-    measures=("dead", "labelled_a", "labelled_b"),  # some of `MEASURES`
+    measures: Sequence[str] = ("dead", "labelled_a", "labelled_b"),  # some of `MEASURES`
 ):  # -> matplotlib Figure
-    "Every finished run by the value of each axis, matched partners joined by a line."
+    "Every finished run by the value of each axis, matched partners joined; no axis raises `BadInput`."
     _check(table, measures=measures)
     axes = [c for c in table if c not in COLUMNS and len(_values(table, c)) > 1]
     if not axes:
         raise BadInput("no setting differs between the finished runs: there is nothing to compare")
-    fig, panels = _figure(
-        0.8 + 1.8 * len(axes),
-        0.8 + 1.6 * len(measures),
-        len(measures),
-        len(axes),
-        sharex="col",
-        sharey="row",
-        squeeze=False,
-    )
+    shape, size = (len(measures), len(axes)), (0.8 + 1.8 * len(axes), 0.8 + 1.6 * len(measures))
+    fig, panels = _figure(*size, *shape, sharex="col", sharey="row")
     for row, m in zip(panels, measures):
         for ax, a in zip(row, axes):
             _strip(ax, table, a, m)
-        row[0].set_ylabel(_label(m).replace("features called", "features\ncalled"))
+        row[0].set_ylabel(_label(m).replace("features labelled", "features\nlabelled"))
         if not m.startswith(("fve", "l0")):
             row[0].set_ylim(0, max(1, 1.05 * MEASURES[m].times * table[m].max()))
         if not m.startswith(("fve", "l0", "dead")):
             row[0].yaxis.get_major_locator().set_params(integer=True)
     for ax, a in zip(panels[-1], axes):
-        _say(ax.set_xlabel, a)
+        _set_text(ax.set_xlabel, a)
     return fig
