@@ -13,7 +13,6 @@ __all__ = ['CONFIG', 'TEXTS', 'METRICS', 'EVALUATION', 'MODEL', 'FEATURES', 'REP
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 

@@ -128,7 +128,7 @@ def headline(
 ) -> str:
     "What the table says of one feature, in a line."
     t = table.loc[feature]
-    label = t.label if t.label == t.partition else f"{t.label} ({t.partition})"
+    label = str(t.label) if str(t.label) == str(t.partition) else f"{t.label} ({t.partition})"
     parts = [f"feature {feature}", label, f"R {t.relative_norm:.2f}", f"fires on {100 * t.rate:.2f} % of rows"]
     sources = [s for s in table.attrs["sources"] if f"auroc_{s}" in table]
     return printable(", ".join(parts + [f"AUROC {s} {t[f'auroc_{s}']:.2f}" for s in sources]))

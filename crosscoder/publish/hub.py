@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..basics import BadInput, printable, write_atomic
+from ..basics import BadInput, printable, repo_name, write_atomic
 from ..folder import ERROR, EVALUATION, FEATURES, MODEL
 from ..model.crosscoder import CrossCoder
 from ..model.foreign import why
-from .card import FILES, finished_run, model_card, read_object, repo_name
+from .card import FILES, model_card
+from ..run.run import finished_run, read_object
 from ..sweep.effects import read_sweep
 
 # %% ../../nbs/publish/78_hub.ipynb #7b21aeb1

@@ -15,7 +15,7 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,8 @@ def as_table(
     table["n"] = [len(t) for t in rows.values()]
     table["times"] = [list(t) for t in rows.values()]
     if ours in rows:  # round by round, as both were measured in the same ones
-        table["ratios"] = [list(t / rows[ours]) if len(t) == len(rows[ours]) else [] for t in rows.values()]
+        base = rows[ours].to_numpy(float)
+        table["ratios"] = [list(t.to_numpy(float) / base) if len(t) == len(base) else [] for t in rows.values()]
         table.insert(4, "ratio", [pd.Series(found, dtype=float).median() for found in table["ratios"]])
     return noted(table, notes)
 
@@ -334,7 +335,7 @@ class Ours:
         self.cc.fit_normalizer(noise(cfg))
         self.trainer = Trainer(self.cc, recipe(cfg, precision, dead_after=10**12))
 
-    def step(self, x: Tensor) -> dict:
+    def step(self, x: Tensor) -> Mapping[str, float]:
         "The step that training calls."
         return self.trainer.step(x)
 

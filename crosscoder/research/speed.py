@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +23,7 @@ import torch
 
 from ..basics import BadInput, read_json, write_json
 from .measurements import accuracy, extraction, floor, memory, scaling, step_times
-from .rivals import OURS, BenchConfig, as_table, failed, free_memory, noted
+from .rivals import BenchConfig, failed, free_memory, noted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -57,10 +57,9 @@ class PairConfig:
 class TextConfig:
     "What both models read."
 
-    texts: tuple = (
-        "tools*140",
-        "prose*360",
-    )  # tools or prose (embedded), fineweb, toolrl, owner/name on the hub, or a .jsonl, .parquet or .txt file; *N for N texts; once for each
+    # tools or prose (embedded), fineweb, toolrl, owner/name on the hub, or a .jsonl, .parquet or .txt file;
+    # *N for N texts; once for each
+    texts: tuple = ("tools*140", "prose*360")
     column: str | None = None  # column that holds the text, for files and hub data sets
     shuffle: bool = True  # mix the sources; otherwise one after the other
 
@@ -87,9 +86,8 @@ class SplitConfig:
 class RepeatConfig:
     "Repeats."
 
-    seeds: int = (
-        1  # trainings from different seeds; the first is the result, the others say which of its features come back
-    )
+    # trainings from different seeds; the first is the result, the others say which of its features come back
+    seeds: int = 1
 
 
 CONFIGS = (PairConfig, TextConfig, ExtractConfig, SplitConfig, ModelConfig, TrainConfig, RepeatConfig)
@@ -193,7 +191,7 @@ def extract_stage(
     write_text_counts(out, counts)
     line = "  {source}: {given} texts, {distinct} distinct, {repeated} repeats, {empty} empty ones left out"
     for r in counts:
-        print(line.format(**r))
+        print(line.format_map(r))
     print("  " + ", ".join(f"{v:,} {k}" for k, v in store.manifest["counts"].items()))
     return store
 
@@ -240,7 +238,7 @@ def train_stage(
     update_config(out, split=asdict(make(SplitConfig, settings)), difference={"candidates": settings["differences"]})
     part, _ = Run(out).parts()
     project = settings["project"] if wandb else None
-    callbacks = [WandB(project, out)] if wandb and not (out / MODEL).exists() else []
+    callbacks = [WandB(settings["project"], out)] if wandb and not (out / MODEL).exists() else []
     cc = _train_seed(0, out, settings, part, callbacks, project)
     for i in range(1, settings["seeds"]):
         print(f"training, seed {i + 1} of {settings['seeds']}")

@@ -8,6 +8,7 @@ __all__ = ['Network', 'Residuals', 'unpredicted_rows', 'train_candidates', 'prob
 
 # %% ../../nbs/training/34_exclusive.ipynb #7deb348f
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -38,11 +39,12 @@ class Network(nn.Module):
     def __init__(
         self,
         m: Moments,
-        d_in: tuple[int, int],  # width of both models
+        d_in: tuple[int, ...],  # width of both models
         seed: int = 0,  # of the starting weights
     ):
         super().__init__()
-        a, b = self.d_in = tuple(d_in)
+        self.d_in = tuple(d_in)
+        a, b = self.d_in
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.guess = nn.ModuleList([_hidden_layer(b, a), _hidden_layer(a, b)])
@@ -112,7 +114,7 @@ class Residuals(StorePart):
     def __init__(
         self,
         part: ActivationStore | StorePart,
-        guess: Affine | Network,
+        guess: Callable[[Tensor], Tensor],  # flat activations to residuals: `Affine`, `Network`, or another map
         index: Tensor | None = None,  # rows of the part, all by default
     ):
         store, rows = getattr(part, "store", part), getattr(part, "index", torch.arange(len(part)))
@@ -244,7 +246,7 @@ def drop_redundant(
         directions = nn.functional.normalize(candidates.directions(m).cpu(), dim=1)
         fired = selected.fired[selected.kept & (selected.model == model)]
         taken = []
-        for j in fired.index[fired.argsort()[::-1]]:
+        for j in fired.index[fired.to_numpy().argsort()[::-1]]:
             if _along_plane(directions[j], directions[taken]) > at_most:
                 left.loc[j, "kept"] = False
             else:

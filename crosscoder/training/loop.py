@@ -148,18 +148,18 @@ class _Run:  # one crosscoder being trained, its folder and its callbacks
 
     def result(self) -> tuple[CrossCoder, pd.DataFrame]:
         "The model in eval mode and its history."
-        if self.finished:
-            _load_finished(self)
+        if self.finished and self.out:
+            _load_finished(self, self.out)
         else:
             _finish(self)
         return self.cc, pd.DataFrame(self.history.rows)
 
 # %% ../../nbs/training/33_loop.ipynb #675faf1e
-def _load_finished(run: _Run):
-    done = CrossCoder.load(run.out, run.cc.encoder.device)
+def _load_finished(run: _Run, folder: Path):
+    done = CrossCoder.load(folder, str(run.cc.encoder.device))
     run.cc.load_state_dict(done.state_dict())
     run.cc.eval().info.update(done.info)
-    run.history.rows = read_metrics(run.out) if run.out else []
+    run.history.rows = read_metrics(folder)
 
 
 def _finish(run: _Run):  # leaves the final files

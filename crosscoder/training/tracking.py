@@ -414,7 +414,7 @@ def _trial(run: Callable, known: Any, outcome: dict[str, str | None]):
     name = os.environ["WANDB_RUN_ID"]
     settings = dict_from_config_file(os.environ["WANDB_SWEEP_PARAM_PATH"]) or {}
     try:
-        if unknown := [k for k in settings if known is not None and k not in known]:
+        if known is not None and (unknown := [k for k in settings if k not in known]):
             raise BadInput(f"the W&B sweep sets {', '.join(unknown)}: no such field. Known are {', '.join(known)}")
         run(name, settings)
         outcome[name] = None
