@@ -1,6 +1,9 @@
-"""A small Hugging Face hub on the loopback address: as much of its protocol as `huggingface_hub` needs to create, upload, list and download.
+"""A small Hugging Face hub on the loopback address.
 
-Large files go by git-lfs, in one piece or in parts, and never by Xet. Repos, uploads and every byte that came in can be looked at from the test that started it."""
+As much of its protocol as `huggingface_hub` needs to create, upload, list and download.
+
+Large files go by git-lfs, in one piece or in parts, and never by Xet. Repos, uploads and every byte that came in can
+be looked at from the test that started it."""
 
 import base64
 import hashlib
@@ -389,7 +392,8 @@ class Handler(BaseHTTPRequestHandler):
         d = json.loads(self.body())
         if self.may_write(d["namespace"]) is not True:
             return
-        slug = f"{d['namespace']}/{re.sub(r'[^a-z0-9]+', '-', d['title'].lower()).strip('-')}-{sha256(d['title'].encode())[:24]}"
+        title = re.sub(r"[^a-z0-9]+", "-", d["title"].lower()).strip("-")
+        slug = f"{d['namespace']}/{title}-{sha256(d['title'].encode())[:24]}"
         if slug in self.server.collections:
             return self.answer(409, {"error": "it is there already", "slug": slug})
         self.server.collections[slug] = {

@@ -1,4 +1,4 @@
-"A store larger than memory: what stays resident while it is read, a run killed and gone on with, what a thread leaves behind."
+"A store larger than memory: what stays resident while it is read, a killed run resumed, what a thread leaves behind."
 
 import json
 import os

@@ -244,7 +244,8 @@ def test_copies_of_a_text_stay_together(run):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
 def test_page_in_a_browser(run, tmp_path):
     "The page opens without a network, shows its figures, and a hostile text stays a text."
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync"
     done = subprocess.run(
         ["chromium", *flags.split(), f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{run[0]}/report.html"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"Publishing to a hub that is a local server: create, upload, break off, go on, download again, and run what the downloaded card says."
+"Publishing to a local server: create, upload, break off, resume, download again, and run what the card says."
 
 import json
 import os
@@ -292,11 +292,13 @@ def test_a_private_repo_without_a_token(run, hub, tmp_path):
         hub,
         tmp_path,
         SAY
-        + f"publish({str(run)!r}, 'me/secret', private=True, token='hf_me'); said(lambda: CrossCoder.from_pretrained('me/secret'))",
+        + f"publish({str(run)!r}, 'me/secret', private=True, token='hf_me'); "
+        + "said(lambda: CrossCoder.from_pretrained('me/secret'))",
         token=None,
     )
     assert re.match(
-        r"refused: me/secret is not on the hub, or it is private and there is no token: log in with `hf auth login` or set HF_TOKEN",
+        r"refused: me/secret is not on the hub, or it is private and there is no token: "
+        r"log in with `hf auth login` or set HF_TOKEN",
         out,
     ), out
     assert out.count("\n") == 1
