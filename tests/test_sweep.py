@@ -1,4 +1,4 @@
-"A sweep from the command line: the card's 48 by name, killed with SIGKILL and gone on with, a cell that fails, what is refused, what is logged."
+"A sweep from the command line: the card's 48, killed and resumed, a cell that fails, what is refused and logged."
 
 import json
 import os
@@ -32,8 +32,8 @@ GRID = {
     "runs": [{"name": "hopeless", "lr": 1e30, "clip": 1e30, "seed": 1}],
 }
 CARD_KEYS = (
-    "architecture model_a model_b layer activation_dim dict_size k model_a_exclusive_pct model_b_exclusive_pct steps lr train_batch sparsity_coef "
-    "exclusive_sparsity_coef loss wandb_project"
+    "architecture model_a model_b layer activation_dim dict_size k model_a_exclusive_pct model_b_exclusive_pct steps lr train_batch "
+    "sparsity_coef exclusive_sparsity_coef loss wandb_project"
 ).split()
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
