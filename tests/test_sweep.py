@@ -32,8 +32,8 @@ GRID = {
     "runs": [{"name": "hopeless", "lr": 1e30, "clip": 1e30, "seed": 1}],
 }
 CARD_KEYS = (
-    "architecture model_a model_b layer activation_dim dict_size k model_a_exclusive_pct model_b_exclusive_pct steps lr train_batch "
-    "sparsity_coef exclusive_sparsity_coef loss wandb_project"
+    "architecture model_a model_b layer activation_dim dict_size k model_a_exclusive_pct model_b_exclusive_pct steps "
+    "lr train_batch sparsity_coef exclusive_sparsity_coef loss wandb_project"
 ).split()
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
