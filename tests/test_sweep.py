@@ -1,4 +1,4 @@
-"A sweep from the command line: the card's 48 by name, killed and resumed, a run that fails, refusals, logs."
+"A sweep from the command line: the card's 48, killed and resumed, a cell that fails, what is refused and logged."
 
 import json
 import os
@@ -33,8 +33,7 @@ GRID = {
 }
 CARD_KEYS = (
     "architecture model_a model_b layer activation_dim dict_size k model_a_exclusive_pct model_b_exclusive_pct steps "
-    "lr train_batch sparsity_coef "
-    "exclusive_sparsity_coef loss wandb_project"
+    "lr train_batch sparsity_coef exclusive_sparsity_coef loss wandb_project"
 ).split()
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
