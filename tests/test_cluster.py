@@ -18,8 +18,9 @@ import torch
 from conftest import HERE
 
 from crosscoder import ActivationStore, CrossCoder, PlantedPair, TrainConfig, train
-from crosscoder.sweep.cluster import local_store, run_on_ray
+from crosscoder.sweep.cluster import run_on_ray
 from crosscoder.sweep.grid import RunSpec
+from crosscoder.sweep.remote import local_store
 from crosscoder.sweep.runner import run_sweep, run_sweep_on_ray
 from crosscoder.training.loop import Callback
 
@@ -204,9 +205,9 @@ def kill_one(runs, killed):
     while not killed:
         for path in runs.glob("*/task.json"):
             with contextlib.suppress(FileNotFoundError):
-                claim = json.loads(path.read_text())
-                if not killed and claim.get("last") and 20 <= claim["last"]["step"] < 50:
-                    killed.append((path.parent.name, claim["pid"])) or os.kill(claim["pid"], signal.SIGKILL)
+                lease = json.loads(path.read_text())
+                if not killed and lease.get("last") and 20 <= lease["last"]["step"] < 50:
+                    killed.append((path.parent.name, lease["pid"])) or os.kill(lease["pid"], signal.SIGKILL)
         time.sleep(0.05)
 
 
