@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'write_atomic', 'remove_leftovers', 'parse_json', 'read_json', 'write_json', 'check_same',
-           'open_safetensors', 'load_strictly', 'default_dtype', 'cache_dir', 'evenly_spaced', 'printable', 'Safe',
-           'md', 'code', 'py', 'bib', 'repo_name']
+           'open_safetensors', 'load_strictly', 'read_pt', 'read_tensors', 'read_settings', 'default_dtype',
+           'cache_dir', 'evenly_spaced', 'printable', 'Safe', 'md', 'code', 'py', 'bib', 'repo_name']
 
 # %% ../nbs/00_basics.ipynb #548e54f5
 import json
 import os
 import re
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,58 @@ def load_strictly(
     if faults:
         raise BadInput(f"{path} does not fit its configuration: {'; '.join(faults)}")
     module.load_state_dict(tensors)
+
+# %% ../nbs/00_basics.ipynb #f008cd5f
+def read_pt(path: Path) -> dict[str, Any]:
+    "The tensors of a `.pt` file; Llamascopium's lie under `sae`, and torch.compile leaves a prefix."
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # damaged archives and pickled code give many types
+        raise BadInput(
+            f"{path} was not loaded: it is damaged, or holds a pickle with code, which is never run. Fetch it again, "
+            "or ask its author for plain tensors"
+        ) from None
+    if isinstance(state, dict) and isinstance(state.get("sae"), dict):
+        state = state["sae"]
+    if not isinstance(state, dict):
+        raise BadInput(f"{path} holds {type(state).__name__}, expected tensors by name")
+    others = {k: type(v).__name__ for k, v in state.items() if not isinstance(v, Tensor)}
+    strange = [f"{k}: {kind}" for k, kind in others.items() if k != "_partition_config"]
+    if strange:
+        raise BadInput(f"{path} holds {', '.join(strange[:8])}, expected tensors by name")
+    return {str(k).removeprefix("_orig_mod."): v for k, v in state.items()}
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:  # name -> tensor
+    "The tensors of a `.safetensors` or `.pt` file; anything that is not plain data raises `BadInput`."
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return read_pt(path)
+    tensors, metadata = open_safetensors(path)
+    header = {"__crosscoder__": metadata["crosscoder"]} if "crosscoder" in metadata else {}
+    return tensors | header
+
+# %% ../nbs/00_basics.ipynb #c9123718
+def read_settings(
+    weights: Path,  # a weight file
+    names: Iterable[str],  # settings that may lie beside it, "{stem}" is the weight file's name without ending
+) -> dict | None:  # None if there are none
+    "The JSON or YAML settings beside a weight file; damaged ones raise `BadInput`."
+    import yaml
+
+    beside = [weights.with_name(name.format(stem=weights.stem)) for name in names]
+    path = next((p for p in beside if p.exists()), None)
+    if path is None:
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    is_json = path.suffix == ".json"
+    try:
+        found = json.loads(text) if is_json else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        raise BadInput(f"{path} is not {'JSON' if is_json else 'plain YAML'}: {' '.join(str(e).split())}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds {type(found).__name__}, expected keys with values")
+    return found
 
 # %% ../nbs/00_basics.ipynb #3512a5bb
 def default_dtype(device: torch.device) -> torch.dtype:

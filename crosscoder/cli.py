@@ -7,7 +7,7 @@ __all__ = ['app', 'RUN', 'Out', 'Preset', 'UseWandb', 'Project', 'Device', 'Show
            'SweepOut', 'Store', 'Ray', 'Cpus', 'Gpus', 'Runs', 'Agent', 'GridFile', 'SWEEP_HELP', 'Repo', 'Private',
            'DryRun', 'Title', 'Licence', 'Author', 'BenchOut', 'BenchDevice', 'Quick', 'Only', 'command',
            'diff_command', 'extract_command', 'train_command', 'evaluate_command', 'features_command', 'report_command',
-           'sweep_command', 'do_axes', 'publish_command', 'bench_command']
+           'sweep_command', 'publish_command', 'bench_command']
 
 # %% ../nbs/80_cli.ipynb #0a7e1069
 import gc
@@ -19,12 +19,11 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import pandas as pd
 import typer
 from fastcore.docments import docments
 
-from .basics import BadInput, write_atomic
-from .folder import FEATURES, REPORT, load_table, read_evaluation
+from .basics import BadInput
+from .folder import REPORT
 from crosscoder.run.pipeline import (
     PRESETS,
     ExtractConfig,
@@ -45,7 +44,8 @@ from crosscoder.run.pipeline import (
 )
 from .run.run import Run
 from .sweep.grid import RunSpec, card_specs, check_specs, read_grid
-from .sweep.runner import run_sweep, run_sweep_on_ray, track
+from .sweep.overviews import write_overviews
+from .sweep.runner import run_sweep, run_sweep_on_ray, serve_agent, track
 from .training.config import CARD_PROJECT, ModelConfig, TrainConfig
 
 # %% ../nbs/80_cli.ipynb #dc926850
@@ -339,13 +339,13 @@ def sweep_command(
     where: dict[str, Any] = dict(out=out, store=opened, test=s["test"], split_seed=s["split_seed"], tracker=tracker)
     device = training_device(s)
     if wandb_agent:
-        return _serve(wandb_agent, specs, _base(preset, scale, given), s["project"], where, device)
+        return serve_agent(wandb_agent, specs, _base(preset, scale, given), s["project"], where, device)
     if ray:
         source = _everywhere(store) if store else store
         table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=source)
     else:
         table = run_sweep(specs, **where, device=device)
-    do_axes(out, table)
+    write_overviews(out, table)
     if failed := (table.state == "failed").sum():
         _stop(f"{failed} of {len(table)} runs failed, see above", 1)
 
@@ -367,7 +367,7 @@ def _check_cluster(
 def _sweep_store(out: Path, path: str | None, s: dict) -> Any:  # an `ActivationStore`
     "The activations that all runs read."
     from crosscoder.data.store import ActivationStore
-    from crosscoder.sweep.cluster import local_store
+    from crosscoder.sweep.remote import local_store
 
     if path:
         return ActivationStore(local_store(path))
@@ -380,78 +380,12 @@ def _everywhere(path: str) -> str:
     "A path or URL as all nodes understand it: they have other working folders."
     return path if "://" in path else str(Path(path).absolute())
 
-# %% ../nbs/80_cli.ipynb #487db142
-def do_axes(
-    out: str | Path,  # folder of the sweep
-    table: pd.DataFrame,  # from `sweep_table`
-) -> None:
-    "Table, figures and words of a sweep, into its folder."
-    from crosscoder.sweep.effects import describe, effects, plot_effects
-
-    out = Path(out)
-    write_atomic(out / "table.csv", table.to_csv(index=False))
-    shown = table.drop(columns=["fve_a", "fve_b", "labelled", "error"])
-    print(shown.to_string(index=False, float_format="{:.4g}".format))
-    for name, error in zip(table.name, table.error):
-        if error:
-            print(f"{name} failed: {error}")
-    if (table.state == "done").sum() < 2:
-        return
-    found = effects(table)
-    write_atomic(out / "effects.csv", found.to_csv(index=False))
-    for name, figure in {**_overviews(table), "effects": plot_effects(found)}.items():
-        figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")
-    print(f"\n{describe(found)}\n\nLook at {(out / 'front.png').resolve()}, effects.png and settings.png")
-
-
-def _overviews(table: pd.DataFrame) -> dict[str, Any]:  # name -> figure
-    "Figures of all runs: what varies most in colours, k in panels where it pins L0."
-    from crosscoder.sweep.effects import COLUMNS, SEEDS, plot_front, plot_settings
-
-    axes = sorted((c for c in table if c not in COLUMNS and c not in ("k", *SEEDS)), key=lambda c: -table[c].nunique())
-    panel = "k" if "k" in table and table.attrs["constant"].get("activation") == "topk" else None
-    labelled = [m for m in ("labelled_a", "labelled_b") if table[m].max() > 0]
-    return {"front": plot_front(table, *axes[:2], panel=panel), "settings": plot_settings(table, ("dead", *labelled))}
-
 # %% ../nbs/80_cli.ipynb #7d913352
 def _base(preset: str, scale: float, given: dict) -> RunSpec:
     "What a trial of a W&B sweep starts from."
     card = preset == "card"
     spec = next(c for c in card_specs(scale) if c.name == "cc-D16k-k90") if card else RunSpec("trial")
     return spec.replace(**_settings(spec, given))
-
-
-def _trial(name: str, settings: dict, base: RunSpec, named: dict[str, RunSpec]) -> RunSpec:
-    "The run that a W&B sweep asks for; one that the grid lacks raises `BadInput`."
-    if "cell" not in settings:
-        return base.replace(name=f"{base.name}-{name}", **settings)
-    if settings["cell"] not in named:
-        has = ", ".join(named) or "none"
-        raise BadInput(f"the W&B sweep asks for the cell {settings['cell']!r}, and the grid has {has}")
-    return named[settings["cell"]]
-
-
-def _serve(sweep: Any, specs: list[RunSpec], base: RunSpec, project: str, where: dict, device: str | None) -> None:
-    "Run what a W&B sweep asks for; `where` has arguments of `run_sweep`."
-    from crosscoder.training.tracking import agent, definition
-
-    if sweep == "new":
-        if not specs:
-            raise BadInput("a new W&B sweep needs a grid: a YAML file, --axis or --preset card")
-        sweep = definition(specs, Path(where["out"]).name)
-    named = {spec.name: spec for spec in specs}
-
-    def trial(name: str, settings: dict) -> None:
-        spec = _trial(name, settings, base, named)
-        row = run_sweep([spec], **where, device=device, progress=False).set_index("name").loc[spec.name]
-        if row.state != "done":
-            raise BadInput(str(row.error))
-        if where["tracker"]:  # a run that was done before W&B asked for it
-            folder = Path(where["out"]) / "runs" / spec.name
-            where["tracker"](spec, folder).results(read_evaluation(folder), load_table(folder / FEATURES))
-
-    ended = agent(sweep, trial, where["out"], project, known=["cell", *base.settings])
-    print(f"{len(ended)} trials, {sum(e is not None for e in ended.values())} of them failed")
 
 # %% ../nbs/80_cli.ipynb #ece3976d
 _RunArgument = typer.Argument(

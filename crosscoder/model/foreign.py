@@ -19,25 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import crosscoder.model.formats as formats
 from ..basics import BadInput, write_atomic
-from crosscoder.model.formats import (
-    CARD,
-    FORMATS,
-    NO_STATISTICS,
-    WEIGHT_FILES,
-    Format,
-    Weights,
-    emit,
-    fold,
-    from_arrays,
-    known_of,
-    need,
-    need_one_width,
-    need_trained,
-    ours,
-    parse,
-    write_tensors,
-)
+from .formats import CARD, FORMATS, NO_STATISTICS, Format, Weights, emit, fold, from_arrays, ours, parse
 
 # %% ../../nbs/model/14_foreign.ipynb #640576b4
 DL = {"encoder": ("encoder.weight", "M d F"), "encoder_bias": ("encoder.bias", "F")}
@@ -65,9 +49,8 @@ def rescale(
     "The same reconstruction with each feature in another unit; a unit of 0 silences it."
     by_feature = n[:, None, None]
     safe = torch.where(by_feature > 0, by_feature, 1.0)
-    encoder = arrays["encoder"] * by_feature
-    bias = arrays["encoder_bias"] * n
-    return {**arrays, "encoder": encoder, "encoder_bias": bias, "decoder": arrays["decoder"] / safe}
+    read = {"encoder": arrays["encoder"] * by_feature, "encoder_bias": arrays["encoder_bias"] * n}
+    return {**arrays, **read, "decoder": arrays["decoder"] / safe}
 
 # %% ../../nbs/model/14_foreign.ipynb #a4a8ec21
 def code_kind(tensors: dict[str, Any], said: dict, path: Path) -> str:
@@ -75,8 +58,7 @@ def code_kind(tensors: dict[str, Any], said: dict, path: Path) -> str:
     named = str(said.get("code_normalization", "CROSSCODER")).upper()
     kind = CODE_NORMS.get(int(tensors.get("code_normalization_id", -1)), named)
     if kind not in CODE_NORMS.values():
-        expected = ", ".join(CODE_NORMS.values())
-        raise BadInput(f"{path} has code_normalization {kind!r}, expected one of {expected}")
+        raise BadInput(f"{path} has code_normalization {kind!r}, expected one of {', '.join(CODE_NORMS.values())}")
     if "k" in tensors and kind == "DECOUPLED":
         reason = "selects features for each model by itself (code_normalization DECOUPLED)"
         raise BadInput(f"{path} {reason}; a crosscoder here selects them once for all models")
@@ -131,7 +113,7 @@ def read_dl(tensors: dict[str, Any], settings: dict | None, path: Path) -> Weigh
         normalizer="none" if mean is None else "scale",
         shift=mean,
         scale=None if mean is None else 1 / factor,
-        known={"exclusive": exclusive_of(tensors.get("_partition_config") or said, f, m), **known_of(settings)},
+        known={"exclusive": exclusive_of(tensors.get("_partition_config") or said, f, m), **formats.known_of(settings)},
     )
     return replace(w, warning=dl_warning(tensors, said, batchtopk, path))
 
@@ -139,9 +121,9 @@ def read_dl(tensors: dict[str, Any], settings: dict | None, path: Path) -> Weigh
 def write_dl(w: Weights, folder: Path, model: int) -> None:
     "As `ae.pt` and `config.json`."
     c, name = w.config, "dictionary_learning"
-    need_one_width(w, name)
-    need(c["activation"] != "topk", name, "ReLU and batch top-k features", "topk")
-    need_trained(w, name)
+    formats.need_one_width(w, name)
+    formats.need(c["activation"] != "topk", name, "ReLU and batch top-k features", "topk")
+    formats.need_trained(w, name)
     m, d = len(c["d_in"]), c["d_in"][0]
     state = {
         **emit(fold(w), DL),
@@ -155,9 +137,8 @@ def write_dl(w: Weights, folder: Path, model: int) -> None:
     if batchtopk:
         state |= {"k": torch.tensor(c["k"], dtype=torch.int), "threshold": w.state["threshold"].cpu()}
         said["k"] = c["k"]
-    said["dict_class"] = "BatchTopKCrossCoder" if batchtopk else "CrossCoder"
-    said["layer"] = w.info.get("layer")
-    write_tensors(folder / "ae.pt", state)
+    said |= {"dict_class": "BatchTopKCrossCoder" if batchtopk else "CrossCoder", "layer": w.info.get("layer")}
+    formats.write_tensors(folder / "ae.pt", state)
     write_atomic(folder / "config.json", json.dumps({"trainer": said, "crosscoder": ours(w)}, indent=2))
 
 
@@ -168,7 +149,7 @@ def read_ckkissane(tensors: dict[str, Any], settings: dict | None, path: Path) -
     "From `cc_weights.pt` with `cfg.json`, or `0.pt` with `0_cfg.json`; what does not fit raises `BadInput`."
     said = settings or {}
     arrays = parse(tensors, CARD, path, {"F": said.get("dict_size"), "d": said.get("d_in")})
-    known = known_of(settings)
+    known = formats.known_of(settings)
     if known.get("normalizer") == "folded":
         return from_arrays(arrays, "relu", known=known)
     how = "Its training scaled each model's activations by sqrt(d) over their mean norm and did not save that number"
@@ -178,11 +159,11 @@ def read_ckkissane(tensors: dict[str, Any], settings: dict | None, path: Path) -
 def write_ckkissane(w: Weights, folder: Path, model: int) -> None:
     "In the names that its load_from_hf wants."
     c = w.config
-    need_one_width(w, "ckkissane", 2)
-    need(c["activation"] == "relu", "ckkissane", "plain ReLU features", c["activation"])
+    formats.need_one_width(w, "ckkissane", 2)
+    formats.need(c["activation"] == "relu", "ckkissane", "plain ReLU features", c["activation"])
     cfg = {"d_in": c["d_in"][0], "dict_size": c["dict_size"], "enc_dtype": "fp32", "dec_init_norm": 0.08}
     cfg |= {"seed": 0, "device": "cpu", "crosscoder": ours(w)}
-    write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
+    formats.write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
     write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
 
 
@@ -228,7 +209,7 @@ def read_crosscode(tensors: dict[str, Any], settings: dict | None, path: Path) -
     keys = {"F": "n_latents", "d": "d_model", "M": "n_models", "P": "n_hookpoints"}
     sizes = {letter: settings.get(key) for letter, key in keys.items()}
     arrays = parse(tensors, CROSSCODE, path, sizes, optional=("encoder_bias", "decoder_bias"))
-    function, known = settings.get("activation_fn") or {}, known_of(settings)
+    function, known = settings.get("activation_fn") or {}, formats.known_of(settings)
     name, cfg = function.get("classname"), function.get("cfg") or {}
     if name not in CROSSCODE_FUNCTIONS:
         found = f"{path.parent / 'model_cfg.yaml'} has the activation function {name!r}"
@@ -249,7 +230,7 @@ def write_crosscode(w: Weights, folder: Path, model: int) -> None:
     "As `model.pt` and `model_cfg.yaml`; a trained batch top-k as a JumpReLU with one threshold."
     import yaml
 
-    need_one_width(w, "crosscode")
+    formats.need_one_width(w, "crosscode")
     c, theta = w.config, w.state["threshold"]
     m, size, kind = len(c["d_in"]), c["dict_size"], c["activation"]
     state = {
@@ -270,7 +251,7 @@ def write_crosscode(w: Weights, folder: Path, model: int) -> None:
         **{"use_encoder_bias": True, "use_decoder_bias": True, "dtype": "float32"},
         "crosscoder": json.loads(json.dumps(ours(w))),
     }
-    write_tensors(folder / "model.pt", state)
+    formats.write_tensors(folder / "model.pt", state)
     write_atomic(folder / "model_cfg.yaml", yaml.safe_dump(settings))
 
 
@@ -304,7 +285,7 @@ def read_llama(tensors: dict[str, Any], settings: dict | None, path: Path) -> We
         raise BadInput(f"{path.parent} {reason}")
     hooks = settings.get("hook_points") or []
     arrays = parse(tensors, LLAMA, path, {"d": settings.get("d_model"), "M": len(hooks) or None})
-    norm, known = check_llama(settings, path), known_of(settings)
+    norm, known = check_llama(settings, path), formats.known_of(settings)
     if norm == "inference":
         return from_arrays(arrays, "relu", known=known)
     names = [f"dataset_average_activation_norm.{hook}" for hook in hooks]
@@ -318,12 +299,12 @@ def read_llama(tensors: dict[str, Any], settings: dict | None, path: Path) -> We
 def write_llama(w: Weights, folder: Path, model: int) -> None:
     "As `sae_weights.safetensors` and `config.json`."
     c, name = w.config, "llamascopium"
-    need_one_width(w, name)
-    need(c["activation"] == "relu", name, "one code for all models with relu only", c["activation"])
+    formats.need_one_width(w, name)
+    formats.need(c["activation"] == "relu", name, "one code for all models with relu only", c["activation"])
     folded = fold(w)
     mute = (folded.by_model("decoder").norm(dim=2) == 0).any(1).sum().item()
     holds = "features that write to every model (it divides by their decoder norms)"
-    need(not mute, name, holds, f"{mute} that do not")
+    formats.need(not mute, name, holds, f"{mute} that do not")
     m, d, size = len(c["d_in"]), c["d_in"][0], c["dict_size"]
     hooks = [f"model_{i}.blocks.{w.info.get('layer', 0)}.hook_resid_post" for i in range(m)]
     norms = {f"dataset_average_activation_norm.{hook}": torch.tensor(d**0.5) for hook in hooks}
@@ -332,7 +313,7 @@ def write_llama(w: Weights, folder: Path, model: int) -> None:
     settings = {"sae_type": "crosscoder", "d_model": d, "expansion_factor": factor, "act_fn": "relu"}
     settings |= {"norm_activation": "inference", "hook_points": hooks, "sparsity_include_decoder_norm": True}
     settings |= {"use_decoder_bias": True, "crosscoder": ours(w)}
-    write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
+    formats.write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
     write_atomic(folder / "config.json", json.dumps(settings, indent=2))
 
 
@@ -370,7 +351,7 @@ def write_saelens(w: Weights, folder: Path, model: int = 0) -> None:
     c, n = w.config, len(w.config["d_in"])
     if not 0 <= model < n:
         raise BadInput(f"model is {model}, and this crosscoder has {n}: 0 to {n - 1}")
-    need_trained(w, "saelens")
+    formats.need_trained(w, "saelens")
     state, kind = half_of(w, model), SAELENS_KINDS[c["activation"]]
     if kind == "jumprelu":
         state["threshold"] = w.state["threshold"].expand(c["dict_size"])
@@ -381,7 +362,7 @@ def write_saelens(w: Weights, folder: Path, model: int = 0) -> None:
     cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
     cfg |= {"k": c["k"], "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
     cfg["metadata"] = {**versions, "note": note, "crosscoder": {**ours(w), "model": model}}
-    write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
+    formats.write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
     write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
     write_atomic(folder / "NOTE.txt", note + "\n")
 
@@ -456,7 +437,7 @@ def fetch(
 
     owner, name, *folders = (*str(repo).strip("/").split("/"), "")
     sub = "/".join(f for f in folders if f)
-    wanted = [f"{sub}/{n}".lstrip("/") for n in (*WEIGHT_FILES, *SETTINGS_FILES)]
+    wanted = [f"{sub}/{n}".lstrip("/") for n in (*formats.WEIGHT_FILES, *SETTINGS_FILES)]
     try:
         folder = snapshot_download(f"{owner}/{name}".rstrip("/"), allow_patterns=wanted)
     except Exception as e:  # network, no such repo, no access: one message

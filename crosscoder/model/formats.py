@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUR_AXES', 'FORMATS', 'WEIGHT_FILES', 'IN_FILES', 'TEMPLATES', 'CARD', 'NO_STATISTICS', 'Weights', 'fold',
-           'from_arrays', 'ours', 'known_of', 'check_partition', 'read_pt', 'read_tensors', 'read_settings',
-           'shape_faults', 'to_ours', 'parse', 'emit', 'Format', 'find_weights', 'format_of', 'load_weights',
-           'save_weights', 'need', 'need_one_width', 'need_trained', 'write_tensors', 'to_file', 'from_file',
-           'to_bytes', 'read_native', 'write_native', 'hparams', 'write_card', 'masked_card', 'read_card']
+           'from_arrays', 'ours', 'known_of', 'check_partition', 'shape_faults', 'to_ours', 'parse', 'emit', 'Format',
+           'find_weights', 'format_of', 'load_weights', 'save_weights', 'need', 'need_one_width', 'need_trained',
+           'write_tensors', 'to_file', 'from_file', 'to_bytes', 'read_native', 'write_native', 'hparams', 'write_card',
+           'masked_card', 'read_card']
 
 # %% ../../nbs/model/13_formats.ipynb #539d5cd2
 import json
@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 import crosscoder.model.dfc as dfc
-from ..basics import BadInput, load_strictly, open_safetensors, write_atomic
+from ..basics import BadInput, load_strictly, read_settings, read_tensors, write_atomic
 
 # %% ../../nbs/model/13_formats.ipynb #aa2956f6
 @dataclass
@@ -125,58 +125,6 @@ def check_partition(w: Weights) -> Weights:
                 )
         start += size
     return w
-
-# %% ../../nbs/model/13_formats.ipynb #f008cd5f
-def read_pt(path: Path) -> dict[str, Any]:
-    "The tensors of a `.pt` file; Llamascopium's lie under `sae`, and torch.compile leaves a prefix."
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged archives and pickled code give many types
-        raise BadInput(
-            f"{path} was not loaded: it is damaged, or holds a pickle with code, which is never run. Fetch it again, "
-            "or ask its author for plain tensors"
-        ) from None
-    if isinstance(state, dict) and isinstance(state.get("sae"), dict):
-        state = state["sae"]
-    if not isinstance(state, dict):
-        raise BadInput(f"{path} holds {type(state).__name__}, expected tensors by name")
-    others = {k: type(v).__name__ for k, v in state.items() if not isinstance(v, Tensor)}
-    strange = [f"{k}: {kind}" for k, kind in others.items() if k != "_partition_config"]
-    if strange:
-        raise BadInput(f"{path} holds {', '.join(strange[:8])}, expected tensors by name")
-    return {str(k).removeprefix("_orig_mod."): v for k, v in state.items()}
-
-
-def read_tensors(path: str | Path) -> dict[str, Any]:  # name -> tensor
-    "The tensors of a `.safetensors` or `.pt` file; anything that is not plain data raises `BadInput`."
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return read_pt(path)
-    tensors, metadata = open_safetensors(path)
-    header = {"__crosscoder__": metadata["crosscoder"]} if "crosscoder" in metadata else {}
-    return tensors | header
-
-# %% ../../nbs/model/13_formats.ipynb #c9123718
-def read_settings(
-    weights: Path,  # a weight file
-    names: Iterable[str],  # settings that may lie beside it, "{stem}" is the weight file's name without ending
-) -> dict | None:  # None if there are none
-    "The JSON or YAML settings beside a weight file; damaged ones raise `BadInput`."
-    import yaml
-
-    beside = [weights.with_name(name.format(stem=weights.stem)) for name in names]
-    path = next((p for p in beside if p.exists()), None)
-    if path is None:
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    is_json = path.suffix == ".json"
-    try:
-        found = json.loads(text) if is_json else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as e:
-        raise BadInput(f"{path} is not {'JSON' if is_json else 'plain YAML'}: {' '.join(str(e).split())}") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path} holds {type(found).__name__}, expected keys with values")
-    return found
 
 # %% ../../nbs/model/13_formats.ipynb #34edeea4
 OUR_AXES = {"encoder": "F M d", "encoder_bias": "F", "decoder": "F M d", "decoder_bias": "M d"}
