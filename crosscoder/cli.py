@@ -341,8 +341,8 @@ def sweep_command(
     if wandb_agent:
         return serve_agent(wandb_agent, specs, _base(preset, scale, given), s["project"], where, device)
     if ray:
-        source = _everywhere(store) if store else store
-        table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=source)
+        nodes_see = store if not store or "://" in store else str(Path(store).absolute())  # they have other folders
+        table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=nodes_see)
     else:
         table = run_sweep(specs, **where, device=device)
     write_overviews(out, table)
@@ -374,11 +374,6 @@ def _sweep_store(out: Path, path: str | None, s: dict) -> Any:  # an `Activation
     store = timed("activations", extract_stage, out, s)
     gc.collect()  # the language models go before training begins
     return store
-
-
-def _everywhere(path: str) -> str:
-    "A path or URL as all nodes understand it: they have other working folders."
-    return path if "://" in path else str(Path(path).absolute())
 
 # %% ../nbs/80_cli.ipynb #7d913352
 def _base(preset: str, scale: float, given: dict) -> RunSpec:

@@ -306,10 +306,11 @@ def serve_agent(
     device: str | None,  # where to train
 ) -> None:
     "Run what a W&B sweep asks for, until it asks for nothing more; a new one without a grid raises `BadInput`."
+    asked: str | dict = sweep
     if sweep == "new":
         if not specs:
             raise BadInput("a new W&B sweep needs a grid: a YAML file, --axis or --preset card")
-        sweep = definition(specs, Path(where["out"]).name)
+        asked = definition(specs, Path(where["out"]).name)
     named = {spec.name: spec for spec in specs}
 
     def trial(name: str, settings: dict) -> None:
@@ -321,7 +322,7 @@ def serve_agent(
             folder = Path(where["out"]) / "runs" / spec.name
             where["tracker"](spec, folder).results(read_evaluation(folder), load_table(folder / FEATURES))
 
-    ended = agent(sweep, trial, where["out"], project, known=["cell", *base.settings])
+    ended = agent(asked, trial, where["out"], project, known=["cell", *base.settings])
     print(f"{len(ended)} trials, {sum(e is not None for e in ended.values())} of them failed")
 
 # %% ../../nbs/sweep/76_runner.ipynb #8814a664
