@@ -45,7 +45,7 @@ from crosscoder.run.pipeline import (
 from .run.run import Run
 from .sweep.grid import RunSpec, card_specs, check_specs, read_grid
 from .sweep.overviews import write_overviews
-from .sweep.runner import run_sweep, run_sweep_on_ray, serve_agent, track
+from .sweep.runner import on_all_nodes, run_sweep, run_sweep_on_ray, serve_agent, track
 from .training.config import CARD_PROJECT, ModelConfig, TrainConfig
 
 # %% ../nbs/80_cli.ipynb #dc926850
@@ -341,8 +341,8 @@ def sweep_command(
     if wandb_agent:
         return serve_agent(wandb_agent, specs, _base(preset, scale, given), s["project"], where, device)
     if ray:
-        nodes_see = store if not store or "://" in store else str(Path(store).absolute())  # they have other folders
-        table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=nodes_see)
+        source = on_all_nodes(store) if store else None
+        table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=source)
     else:
         table = run_sweep(specs, **where, device=device)
     write_overviews(out, table)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'held_out', 'is_done', 'DataNotes', 'describe_store', 'RunGroup', 'track', 'open_sweep', 'run_sweep',
-           'requested_spec', 'serve_agent', 'Job', 'run_job', 'fetch_runs', 'run_sweep_on_ray']
+           'requested_spec', 'serve_agent', 'on_all_nodes', 'Job', 'run_job', 'fetch_runs', 'run_sweep_on_ray']
 
 # %% ../../nbs/sweep/76_runner.ipynb #e96e4fb5
 import hashlib
@@ -324,6 +324,13 @@ def serve_agent(
 
     ended = agent(asked, trial, where["out"], project, known=["cell", *base.settings])
     print(f"{len(ended)} trials, {sum(e is not None for e in ended.values())} of them failed")
+
+# %% ../../nbs/sweep/76_runner.ipynb #5ee8e8e2
+def on_all_nodes(
+    place: str,  # a path or a URL
+) -> str:
+    "A place as all nodes of a cluster understand it: they have other working folders."
+    return place if "://" in place else str(Path(place).absolute())
 
 # %% ../../nbs/sweep/76_runner.ipynb #8814a664
 @dataclass(frozen=True)
