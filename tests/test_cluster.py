@@ -1,4 +1,4 @@
-"A real Ray cluster of two nodes: a worker killed, a node gone, a driver killed; the files that come out are the same bits as without Ray."
+"A real Ray cluster of two nodes: a worker, a node or a driver is lost; the files are the same bits as without Ray."
 
 import contextlib
 import json
@@ -161,7 +161,9 @@ def test_driver_killed(data, cluster, tmp_path):
     "With `kill -9`; started again, it does only what was not done."
     jobs = jobs_for(data, tmp_path / "logs", pause=0.03)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    script = f"import json, test_cluster as t; t.run_on_ray(t.one_run, json.load(open({str(tmp_path / 'jobs.json')!r})), {str(tmp_path / 'out')!r}, {cluster.address!r}, every=0.1)"
+    read_jobs = f"json.load(open({str(tmp_path / 'jobs.json')!r}))"
+    where = f"{str(tmp_path / 'out')!r}, {cluster.address!r}"
+    script = f"import json, test_cluster as t; t.run_on_ray(t.one_run, {read_jobs}, {where}, every=0.1)"
     driver, limit = subprocess.Popen([sys.executable, "-c", script], cwd=HERE), time.monotonic() + 120
     while len(list((tmp_path / "out").glob("*/model.safetensors"))) < 2:
         assert driver.poll() is None and time.monotonic() < limit
@@ -179,7 +181,7 @@ def test_driver_killed(data, cluster, tmp_path):
 
 
 def test_shares_of_a_gpu(cluster, tmp_path):
-    "Ray hands out GPUs that it is told of; here one that need not exist, to be shared by two runs, each with half a CPU."
+    "Ray hands out GPUs that it is told of; here one that need not exist, shared by two runs of half a CPU each."
     seen = lambda job, folder: (folder / "model.safetensors").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
     assert run_on_ray(seen, [("a", None), ("b", None)], tmp_path / "out", cpus=0.5, gpus=0.5, every=0.1) == {
         "a": None,
@@ -212,7 +214,7 @@ def kill_one(runs, killed):
 
 
 def test_sweep_with_a_worker_killed(data, cluster, tmp_path):
-    "Cells of a grid, features of one model alone and labels included: the same table and the same files as `run_sweep` makes."
+    "Runs of a grid, features of one model alone and labels included: table and files are those of `run_sweep`."
     store = ActivationStore(data / "store")
     common = {
         "dict_size": 64,
@@ -241,7 +243,7 @@ def test_sweep_with_a_worker_killed(data, cluster, tmp_path):
 
 
 def test_node_gone(data, cluster, tmp_path):
-    "Store and results as URLs, so each node fetches the store. The second node goes away as if its power had failed; the first does the rest."
+    "Store and results as URLs: each node fetches the store. The second node loses its power; the first does the rest."
     node = cluster.second.node_id
     jobs = jobs_for(data, tmp_path / "logs", store=f"file://{data / 'store'}")
     on_it = lambda name: steps_of(tmp_path / f"logs/{name}.log")[0][0] == node
