@@ -80,8 +80,9 @@ def none(offenders: list[str]) -> None:
 def test_everything_was_walked():
     "The tests below say nothing of a file that they do not see."
     assert len(ROOMS) >= 41 and len(NOTEBOOKS) >= len(ROOMS) + 7, (len(ROOMS), len(NOTEBOOKS))
-    assert {p for p in MODULES if p not in PACKAGES} | {TOP / "crosscoder/__init__.py"} == set(ROOMS)
-    assert len(trees()) > 2000
+    filled = {p for p in PACKAGES if p.stat().st_size}
+    assert {p for p in MODULES if p not in PACKAGES} | filled == set(ROOMS)
+    assert len(trees()) > 1700
 
 
 def test_top_level_holds_what_it_should():
@@ -102,7 +103,7 @@ def test_notebooks_and_modules_mirror_each_other():
     for module, nb in ROOMS.items():
         name = nb.stem.split("_", 1)[1]
         room = nb.parent.relative_to(NBS)
-        expected = TOP / "crosscoder" / room / f"{'__init__' if name == 'package' else name}.py"
+        expected = TOP / "crosscoder" / room / f"{'__init__' if name in ('package', 'callable') else name}.py"
         if module != expected:
             offenders.append(f"{where(nb)} exports {where(module)}, expected {where(expected)}")
     numbers = [number(nb) for nb in NUMBERED]
@@ -302,7 +303,7 @@ def unsafe(node: ast.AST) -> str | None:
 def test_files_are_never_run():
     none(
         [
-            f"{where}, line {node.lineno}: {reason}"
+            f"{place}, line {node.lineno}: {reason}"
             for place, tree in trees()
             for node in ast.walk(tree)
             if (reason := unsafe(node))

@@ -43,6 +43,7 @@ from crosscoder.research.rivals import (
 )
 from ..training.step import Trainer
 
+# %% ../../nbs/research/92_measurements.ipynb #7e0addbd
 if TYPE_CHECKING:
     pass
 

@@ -25,6 +25,7 @@ from ..basics import BadInput, read_json, write_json
 from .measurements import accuracy, extraction, floor, memory, scaling, step_times
 from .rivals import BenchConfig, failed, free_memory, noted
 
+# %% ../../nbs/research/93_speed.ipynb #5b07bd27
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
