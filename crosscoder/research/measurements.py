@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -42,10 +42,6 @@ from crosscoder.research.rivals import (
     rivals,
 )
 from ..training.step import Trainer
-
-# %% ../../nbs/research/92_measurements.ipynb #7e0addbd
-if TYPE_CHECKING:
-    pass
 
 # %% ../../nbs/research/92_measurements.ipynb #0bc54322
 def step_times(cfg: BenchConfig) -> pd.DataFrame:  # as from `measure`

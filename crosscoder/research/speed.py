@@ -15,19 +15,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from ..basics import BadInput, read_json, write_json
 from .measurements import accuracy, extraction, floor, memory, scaling, step_times
 from .rivals import BenchConfig, failed, free_memory, noted
-
-# %% ../../nbs/research/93_speed.ipynb #5b07bd27
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # %% ../../nbs/research/93_speed.ipynb #a80305f4
 SECTIONS = {
@@ -110,7 +105,7 @@ def read_bench(path: str | Path) -> dict[str, pd.DataFrame]:  # by name of the m
 # %% ../../nbs/research/93_speed.ipynb #16ac188c
 def plot_step(
     table: pd.DataFrame,  # from `step_times`
-    ax: "Axes",
+    ax: Any,  # matplotlib Axes
     floor: float | None = None,  # ms, drawn as a line
 ) -> None:
     "Medians as bars, smallest to largest as whiskers; beside them milliseconds and the ratio."
@@ -129,7 +124,7 @@ def plot_step(
 # %% ../../nbs/research/93_speed.ipynb #dee991ce
 def plot_scaling(
     table: pd.DataFrame,  # from `scaling`
-    axes: "Sequence[Sequence[Axes]] | np.ndarray",  # one for each axis, in two rows: time above, memory below
+    axes: Any,  # matplotlib Axes, one for each axis, in two rows: time above, memory below
 ) -> None:
     "Step time with its range, and peak memory, along each axis."
     for (axis, t), top, below in zip(table.groupby("axis", sort=False), *axes):
