@@ -6,7 +6,7 @@ import torch
 from crosscoder.analysis.evidence import evidence, label_features
 from crosscoder.data.planted import planted_scores
 from crosscoder.data.store import ActivationStore
-from crosscoder.research.truth import Setting, planted_store, run
+from crosscoder.research.truth import Setting, planted_store, run_methods
 from crosscoder.training.exclusive import find_differences
 from crosscoder.training.loop import train
 
@@ -21,7 +21,9 @@ def table(tmp_path_factory):
     return {
         g: {
             r["method"]: r
-            for r in run(Setting(geometry=g, rotated=25, **SMALL), (PLAIN, "DFC 10 %", "ours"), out, 20_000, 60_000)
+            for r in run_methods(
+                Setting(geometry=g, rotated=25, **SMALL), (PLAIN, "DFC 10 %", "ours"), out, 20_000, 60_000
+            )
         }
         for g in ("near", "affine")
     }
@@ -70,7 +72,7 @@ def test_a_truth_that_is_wrong_is_noticed(table, tmp_path):
 
     out = tmp_path / "other"
     s = Setting(geometry="near", **SMALL)
-    run(s, (PLAIN,), out, 5000, 5000)
+    run_methods(s, (PLAIN,), out, 5000, 5000)
     cc = load_native(next(out.glob("*/*.safetensors")))
     scores = planted_scores(Setting(geometry="near", seed=1).pair(), cc, ["shared"] * s.dict_size)
     assert scores["recovered"] < 0.05

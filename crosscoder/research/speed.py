@@ -22,7 +22,7 @@ import torch
 
 from ..basics import BadInput, read_json, write_json
 from .measurements import accuracy, extraction, floor, memory, scaling, step_times
-from .rivals import BenchConfig, failed, free_memory, noted
+from .rivals import BenchConfig, failure, free_memory, noted
 
 # %% ../../nbs/research/93_speed.ipynb #a80305f4
 SECTIONS = {
@@ -188,7 +188,7 @@ def run_bench(
         try:
             tables[name] = SECTIONS[name](cfg)
         except Exception as e:
-            tables[name] = noted(pd.DataFrame(), [failed(name, e)])
+            tables[name] = noted(pd.DataFrame(), [failure(name, e)])
         print(as_text(tables[name]), flush=True)
         write_bench(out / "bench.json", cfg, tables)
     plot_all(tables, out)

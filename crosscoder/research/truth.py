@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'DIFFERENCE', 'METHODS', 'LABELLED', 'Setting', 'planted_store', 'View', 'Outcome', 'mean_difference',
-           'mean_fve', 'crosscoder', 'designated', 'regressed', 'difference', 'dictionary_learning', 'ours', 'run']
+           'mean_fve', 'crosscoder_method', 'designated_method', 'regressed', 'difference_method',
+           'dictionary_learning_method', 'ours_method', 'run_methods']
 
 # %% ../../nbs/research/91_truth.ipynb #79bfba54
 import json
@@ -155,7 +156,7 @@ def _of_crosscoder(cc: CrossCoder, x: Tensor, labels: list | None = None) -> Out
     return _outcome(directions, by_rule, codes.dense(), mean_fve(x, cc.reconstruct(codes)), cc)
 
 # %% ../../nbs/research/91_truth.ipynb #4f3be523
-def crosscoder(
+def crosscoder_method(
     s: Setting,
     store: ActivationStore,
     x: Tensor,  # (rows, 2d) that it never sees
@@ -170,7 +171,7 @@ def crosscoder(
 
 # %% ../../nbs/research/91_truth.ipynb #ba031169
 @torch.no_grad()
-def designated(
+def designated_method(
     s: Setting,
     store: ActivationStore,
     x: Tensor,  # (rows, 2d) that it never sees
@@ -201,7 +202,7 @@ def regressed(
 
 
 @torch.no_grad()
-def difference(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
+def difference_method(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
     "A dictionary of x_A - x_B; a feature is the model's whose activations move with it, by relative norm."
     view = View(s.d, DIFFERENCE)
     cc, _ = train(s.crosscoder(), Residuals(store, view), s.config(), progress=False)
@@ -210,7 +211,7 @@ def difference(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
     return _outcome(directions, by_relative_norm(directions), f, float("nan"))
 
 # %% ../../nbs/research/91_truth.ipynb #472611b3
-def dictionary_learning(s: Setting, store: ActivationStore, x: Tensor) -> Outcome | None:
+def dictionary_learning_method(s: Setting, store: ActivationStore, x: Tensor) -> Outcome | None:
     "dictionary_learning's BatchTopKTrainer on the flat axis, by relative norm; `None` where it is not installed."
     try:
         trainers = require("dictionary_learning.trainers.batch_top_k", "")
@@ -229,7 +230,7 @@ def dictionary_learning(s: Setting, store: ActivationStore, x: Tensor) -> Outcom
     return _outcome(directions, by_relative_norm(directions), f, mean_fve(x, recon))
 
 # %% ../../nbs/research/91_truth.ipynb #67bed407
-def ours(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
+def ours_method(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
     "Features of what the other model cannot predict, then the rest; labelled by the evidence."
     cc = s.crosscoder()
     find_differences(cc, store, s.config(), progress=False)
@@ -239,14 +240,14 @@ def ours(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
 
 METHODS: dict[str, Callable[..., Outcome | None]] = {
     "mean difference": mean_difference,
-    "difference dictionary": difference,
-    "crosscoder, top-k + L1 (card)": partial(crosscoder, activation="topk", l1=1e-3),
-    "DFC 5 %, top-k + L1 (card)": partial(crosscoder, exclusive=(0.05, 0.05), activation="topk", l1=1e-3),
-    "crosscoder, batch top-k": crosscoder,
-    "dictionary_learning, batch top-k": dictionary_learning,
-    "designated shared features": designated,
-    **{f"DFC {pct} %": partial(crosscoder, exclusive=(pct / 100,) * 2) for pct in (1, 3, 5, 10)},
-    "ours": ours,
+    "difference dictionary": difference_method,
+    "crosscoder, top-k + L1 (card)": partial(crosscoder_method, activation="topk", l1=1e-3),
+    "DFC 5 %, top-k + L1 (card)": partial(crosscoder_method, exclusive=(0.05, 0.05), activation="topk", l1=1e-3),
+    "crosscoder, batch top-k": crosscoder_method,
+    "dictionary_learning, batch top-k": dictionary_learning_method,
+    "designated shared features": designated_method,
+    **{f"DFC {pct} %": partial(crosscoder_method, exclusive=(pct / 100,) * 2) for pct in (1, 3, 5, 10)},
+    "ours": ours_method,
 }
 
 # %% ../../nbs/research/91_truth.ipynb #f36d47a9
@@ -295,7 +296,7 @@ def _label(method: str, pair: PlantedPair, test: ActivationStore, path: Path) ->
     write_atomic(path, json.dumps(record))
 
 # %% ../../nbs/research/91_truth.ipynb #667b1409
-def run(
+def run_methods(
     s: Setting,
     methods: Sequence[str] = tuple(METHODS),  # names
     out: str | Path | None = None,  # folder for records and dictionaries
@@ -308,7 +309,7 @@ def run(
         raise BadInput(f"method {unknown[0]!r} is unknown: one of {', '.join(METHODS)}")
     if out is None:
         with TemporaryDirectory() as folder:
-            return run(s, methods, folder, test_rows, held_rows)
+            return run_methods(s, methods, folder, test_rows, held_rows)
     pair = s.pair()
     paths = {m: Path(out) / _folder_of(s) / _file_of(m) for m in methods}
     Path(out, _folder_of(s)).mkdir(parents=True, exist_ok=True)
