@@ -173,7 +173,7 @@ MEANS = {
     "shared": "Both models have them: the other one carries more than a quarter of each.",
 }
 
-
+# %% ../../nbs/run/61_report.ipynb #b9a0a52d
 def _sections(r, cards, by_source, by_label):  # what the two lists of features show
     first = next(
         (s for s in by_source if "tool" in s.lower()), next(iter(by_source), None)
@@ -202,7 +202,7 @@ def _sections(r, cards, by_source, by_label):  # what the two lists of features 
     ]
     return for_source, for_label
 
-
+# %% ../../nbs/run/61_report.ipynb #0c43f585
 def _tiles(r):  # the few numbers on top: what was found, and how well the dictionary explains the activations
     table, labels = r.table, r.table.label.value_counts()
     q = "" if (why := evidence_note(table).reason) else f" ({_asked(table).replace(' ', '')})"
@@ -227,7 +227,7 @@ def _tiles(r):  # the few numbers on top: what was found, and how well the dicti
         ],
     ]
 
-
+# %% ../../nbs/run/61_report.ipynb #00bb8e21
 def _flat(value, name=""):  # nested settings -> (dotted name, text) pairs
     if isinstance(value, dict) and value:
         return [pair for k, v in value.items() for pair in _flat(v, f"{name}.{k}" if name else str(k))]
@@ -268,7 +268,7 @@ def _figures(r):  # base64 SVG, alternative text and caption of each
         )
     return [{"data": fig and _svg(fig), "alt": alt, "caption": caption} for fig, alt, caption in out]
 
-
+# %% ../../nbs/run/61_report.ipynb #c72fd2df
 def _share_figure(table):  # figure, alternative text and caption; no figure if there is nothing to draw
     if why := evidence_note(table).reason:
         return None, "", f"How much of each feature the other model carries was not measured: {why}."
@@ -283,7 +283,7 @@ def _share_figure(table):  # figure, alternative text and caption; no figure if 
         "shared if it lies to the right, and undecided otherwise.",
     )
 
-
+# %% ../../nbs/run/61_report.ipynb #3aca19be
 def _looked_at(table):  # one sentence on the rows behind the table
     a = table.attrs
     thinned = (

@@ -161,7 +161,7 @@ class RunGroup:
     def train(self, untrained, part):  # crosscoders by number of their run -> model and history, likewise
         return _train_together(self, untrained, part) if untrained else {}
 
-
+# %% ../../nbs/sweep/76_runner.ipynb #6d4a022a
 def _train_together(group, untrained, part):
     "All of them from one reading; errors go to the group."
     numbers, errors = list(untrained), {}
