@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'reply_marks', 'reply_spans', 'Reading', 'Beginnings', 'read_texts', 'batches', 'padded_ids', 'causal_model',
-           'has_head', 'read_limit', 'Predictor']
+           'has_head', 'read_limit', 'Predictor', 'replaced']
 
-# %% ../../nbs/data/27_predictions.ipynb #7e8fc39a
+# %% ../../nbs/data/27_predictions.ipynb #31c10c70
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from ..basics import BadInput
 from .models import find_blocks
 from .texts import Text, as_texts
 
-# %% ../../nbs/data/27_predictions.ipynb #f1a0a38f
+# %% ../../nbs/data/27_predictions.ipynb #d20c0110
 CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 
 
@@ -57,7 +57,7 @@ def reply_spans(
         at = text.find(before, stop)
     return found
 
-# %% ../../nbs/data/27_predictions.ipynb #5a011807
+# %% ../../nbs/data/27_predictions.ipynb #b1af9384
 class Reading(NamedTuple):
     "A text as the models read it."
 
@@ -86,7 +86,7 @@ def _common(a: list[int], b: list[int]) -> int:
             return i
     return min(len(a), len(b))
 
-# %% ../../nbs/data/27_predictions.ipynb #9dcfc76c
+# %% ../../nbs/data/27_predictions.ipynb #69a8f2b7
 class Beginnings:
     "Finds how much of a text's beginning an earlier one has: the closest is a neighbour in sorted order."
 
@@ -103,7 +103,7 @@ class Beginnings:
         self.sorted.insert(at, ids)
         return longest
 
-# %% ../../nbs/data/27_predictions.ipynb #4b5b3c3f
+# %% ../../nbs/data/27_predictions.ipynb #0d2d8e4f
 def read_texts(
     texts: Iterable[str | Text],
     tokenizer: Any,
@@ -154,7 +154,7 @@ def padded_ids(
     width = max(len(r.ids) for r in some)
     return torch.tensor([r.ids + [pad] * (width - len(r.ids)) for r in some])
 
-# %% ../../nbs/data/27_predictions.ipynb #2e1d44a9
+# %% ../../nbs/data/27_predictions.ipynb #e6c1fa57
 def causal_model(model: Any) -> Any:
     "The model itself, without what an adapter library wraps around it."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -198,7 +198,7 @@ class Predictor:
         "The model's logits of some rows."
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         other = {k: v for k, v in self.output.items() if k != "last_hidden_state"}
-        with _replaced(self.body, type(self.output)(last_hidden_state=hidden[None], **other)):
+        with replaced(self.body, type(self.output)(last_hidden_state=hidden[None], **other)):
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
 
@@ -225,7 +225,10 @@ def _output_of(module: nn.Module, call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _replaced(module: nn.Module, output: Any) -> Iterator[None]:
+def replaced(
+    module: nn.Module,
+    output: Any,  # of its forward
+) -> Iterator[None]:
     "For the moment, `module` returns `output` and computes nothing."
     before = module.__dict__.get("forward")
     module.forward = lambda *args, **kwargs: output
