@@ -7,24 +7,21 @@ __all__ = ['compare_weights', 'weight_lines', 'plot_weights', 'moved_tokens']
 
 # %% ../../nbs/changes/45_weights.ipynb #b1c40574
 import math
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..analysis.plots import figure, styled
-from ..basics import BadInput, printable, read_json
-from ..data.models import LoadedPair, inner_model, quiet_loading
+from ..basics import BadInput, printable
+from ..data.models import LoadedPair, quiet_loading
+from ..data.tensors import EMBEDDING, FLOATS, UNEMBEDDING, LazyTensor, numbered_blocks, open_pair
 
 # %% ../../nbs/changes/45_weights.ipynb #2a3ff06a
 def _frobenius(x: Tensor) -> float:
@@ -42,9 +39,10 @@ def _spectral(
     if min(x.shape) <= 32:
         return torch.linalg.svdvals(x)[0].item()
     rows = x.numpy()
-    products: Any = {"matvec": lambda v: rows @ v, "rmatvec": lambda v: rows.T @ v}
-    operator = LinearOperator(rows.shape, dtype=np.float32, **products)
-    return float(svds(operator, k=1, tol=1e-3, return_singular_vectors=False, rng=np.random.default_rng(0))[0])
+    products: dict[str, Any] = {"matvec": lambda v: rows @ v, "rmatvec": lambda v: rows.T @ v, "dtype": np.float32}
+    how: dict[str, Any] = {"k": 1, "tol": 1e-3, "return_singular_vectors": False, "rng": np.random.default_rng(0)}
+    largest: Any = svds(LinearOperator(rows.shape, **products), **how)
+    return float(largest[0])
 
 
 def _stable_rank(
@@ -58,261 +56,27 @@ def _stable_rank(
         return 1.0
     return (norm / max(_spectral(matrix) for matrix in change.reshape(-1, *change.shape[-2:]))) ** 2
 
-# %% ../../nbs/changes/45_weights.ipynb #22a73152
-def _numbered(
-    names: Iterable[str],  # of tensors
-    n_blocks: int | None,  # number of layers in the configuration
-) -> dict[str, tuple[int, str]]:  # by name: number of the block, name inside of it
-    "The tensors that are part of a block."
-    matches = {name: re.match(r"(.*?)\b(\d+)\.(.+)", name) for name in names}
-    parts = {name: (m[1], int(m[2]), m[3]) for name, m in matches.items() if m}
-    members = Counter(prefix for prefix, _ in {part[:2] for part in parts.values()})
-    if not members:
-        return {}
-    key = lambda prefix: (members[prefix] != n_blocks, -members[prefix] if n_blocks is None else 0, prefix.count("."))
-    blocks = min(members, key=key)
-    return {name: (i, inside) for name, (prefix, i, inside) in parts.items() if prefix == blocks}
-
-# %% ../../nbs/changes/45_weights.ipynb #9bf9b4fe
-_FLOATS = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
-
-
-class _Tensor(NamedTuple):
-    "A tensor that has not been read yet."
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors or torch call it
-    read: Callable[[], Tensor]
-    added: Callable[[], Tensor] | None = None  # an adapter's part, which is not in what `read` gives
-
-    def weight(self) -> Tensor:
-        "All of it, float32 on the CPU."
-        return self.read() if self.added is None else self.read() + self.added()
-
-
-class _Source(NamedTuple):
-    "The tensors of a model, by name."
-
-    name: str
-    tensors: dict[str, _Tensor]
-    n_blocks: int | None  # number of layers in the configuration; None: unknown
-
-# %% ../../nbs/changes/45_weights.ipynb #9c570233
-def _cpu(x: Tensor) -> Tensor:
-    "A tensor as float32 on the CPU."
-    return x.detach().to("cpu", torch.float32)
-
-
-def _lora_part(
-    name: str,  # of the layer, for the message
-    layer: Any,  # of peft
-) -> Callable[[], Tensor] | None:
-    "What reads ΔW of an adapted layer; None where it is merged or off; what is not plain LoRA raises `BadInput`."
-    if layer.merged or layer.disable_adapters:
-        return None
-    ours = {*getattr(layer, "lora_A", ()), *getattr(layer, "lora_embedding_A", ())}
-    active = [adapter for adapter in layer.active_adapters if adapter in ours]
-    odd = [a for a in active if layer.lora_variant.get(a) or layer.lora_bias.get(a)] if ours else [type(layer)]
-    if odd or hasattr(layer, "parameter_name") or hasattr(layer.base_layer, "base_layer"):
-        raise BadInput(f"{name} has an adapter that is not plain LoRA: merge it first (`model.merge_and_unload()`).")
-    return (lambda: sum(_cpu(layer.get_delta_weight(adapter)) for adapter in active)) if active else None
-
-# %% ../../nbs/changes/45_weights.ipynb #8a3f75dc
-def _from_module(
-    model: Any,  # with or without layers of peft
-) -> _Source:
-    "The parameters of a loaded model, tied ones once, under the names of the model without adapters."
-    model = inner_model(model)
-    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
-    copied = {name: m for name, m in model.named_modules() if hasattr(m, "original_module")}
-    tensors = {}
-    for name, p in model.named_parameters():
-        outer = next((name[: m.start()] for m in re.finditer(r"\.", name) if name[: m.start()] in adapted), None)
-        whole = next((name[: m.start()] for m in re.finditer(r"\.", name) if name[: m.start()] in copied), None)
-        added = None
-        if whole:
-            layer = copied[whole]
-            used = "original_module." if layer.disable_adapters else f"modules_to_save.{layer.active_adapters[0]}."
-            if not name.startswith(f"{whole}.{used}"):
-                continue
-            name = name.replace(used, "")
-        elif outer:
-            if not name.startswith(f"{outer}.base_layer."):
-                continue
-            added = _lora_part(outer, adapted[outer]) if name == f"{outer}.base_layer.weight" else None
-            name = name.replace("base_layer.", "")
-        tensors[name] = _Tensor(tuple(p.shape), str(p.dtype), partial(_cpu, p), added)
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    n_blocks = getattr(config, "num_hidden_layers", None)
-    return _Source(type(model).__name__, tensors, n_blocks)
-
-# %% ../../nbs/changes/45_weights.ipynb #c303f05b
-_EMBEDDING = re.compile(r"\b(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
-_UNEMBEDDING = re.compile(r"\b(lm_head|embed_out|output)\.weight$")
-
-
-def _read_slice(file: Any, name: str) -> Tensor:
-    "A tensor of an open safetensors file."
-    return _cpu(file.get_tensor(name))
-
-
-def _open_file(path: Path) -> dict[str, _Tensor]:
-    "What is in a safetensors file; one that is damaged or missing raises `BadInput`."
-    try:
-        file: Any = safe_open(path, "pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadInput(f"{path} is not a whole safetensors file: {e}. Fetch it again") from None
-    read = lambda name: partial(_read_slice, file, name)
-    return {name: _Tensor(tuple(s.get_shape()), s.get_dtype(), read(name)) for name, s in slices.items()}
-
-
-def _shards(folder: Path) -> list[Path]:
-    "The weight files of a folder; an index that does not say which raises `BadInput`."
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    content = read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise BadInput(f"{index} is damaged: expected weight_map, from tensors to files of the folder. Fetch it again")
-    return [folder / name for name in sorted(set(names.values()))]
-
-# %% ../../nbs/changes/45_weights.ipynb #03c552a9
-def _from_folder(folder: Path) -> _Source:
-    "The tensors of a folder with safetensors files, tied ones once; damaged files raise `BadInput`."
-    found = {name: tensor for path in _shards(folder) for name, tensor in _open_file(path).items()}
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    config = config | config.get("text_config", {})
-    if config.get("tie_word_embeddings") and any(map(_EMBEDDING.search, found)):
-        found = {name: tensor for name, tensor in found.items() if not _UNEMBEDDING.search(name)}
-    n_blocks = config.get("num_hidden_layers")
-    blocks = _numbered(found, n_blocks)
-    place = lambda name: (name in blocks or 2 * (not _EMBEDDING.search(name)), *blocks.get(name, (0, name)))
-    return _Source(str(folder), {name: found[name] for name in sorted(found, key=place)}, n_blocks)
-
-# %% ../../nbs/changes/45_weights.ipynb #2d264024
-_PLAIN = (
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules"
-)
-_PLAIN += " exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform layers_pattern"
-_PLAIN += " rank_pattern alpha_pattern runtime_config"
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others alter the base's weights as well
-
-
-def _plain_config(folder: Path) -> dict:
-    "The settings of an adapter; anything but a plain LoRA raises `BadInput`."
-    from peft import LoraConfig
-
-    config = read_json(folder / "adapter_config.json")
-    defaults = vars(LoraConfig()) | {"init_lora_weights": config.get("init_lora_weights")}
-    odd = [f"{k} = {v!r}" for k, v in config.items() if k not in _PLAIN.split() and v and v != defaults.get(k)]
-    if config.get("init_lora_weights", True) not in _STARTS:
-        odd.append(f"init_lora_weights = {config['init_lora_weights']!r}")
-    if config.get("peft_type") != "LORA":
-        odd = [f"peft_type = {config.get('peft_type')!r}"]
-    if odd:
-        raise BadInput(f"{folder} is not a plain LoRA ({', '.join(odd)}): merge it first (`merge_and_unload()`).")
-    return config
-
-# %% ../../nbs/changes/45_weights.ipynb #f6ccbd02
-def _product(low: _Tensor, high: _Tensor, scaling: float, transpose: bool) -> Tensor:
-    "s·BA of a pair of files' tensors."
-    change = scaling * (high.read() @ low.read())
-    return change.T if transpose else change
-
-
-def _from_adapter(
-    folder: Path,  # adapter_config.json and adapter_model.safetensors
-    base: _Source,  # what it was trained on
-) -> _Source:
-    "The base's tensors with a LoRA's part added; an adapter that does not fit the base raises `BadInput`."
-    from peft.utils.other import get_pattern_key
-
-    config = _plain_config(folder)
-    found = {
-        n.removeprefix("base_model.model."): t for n, t in _open_file(folder / "adapter_model.safetensors").items()
-    }
-    tensors = dict(base.tensors)
-    for name in [n for n in found if not re.search(r"\.lora_(embedding_)?B(\.weight)?$", n)]:
-        layer, kind, _ = (*re.split(r"\.(lora_(?:embedding_)?)A(?:\.weight)?$", name), "", "")[:3]
-        high = found.get(name.replace(f"{kind}A", f"{kind}B")) if kind else None
-        target = base.tensors.get(f"{layer}.weight")
-        if high is None or target is None:
-            raise BadInput(f"{folder}: {name} is no part of a LoRA on {base.name}. Give its base, or merge it first.")
-        rank = found[name].shape[0]
-        patterns = config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns, layer), config["lora_alpha"])
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        transpose = kind != "lora_" or bool(config.get("fan_in_fan_out"))
-        shape = (high.shape[0], found[name].shape[1])
-        if target.shape != (shape[::-1] if transpose else shape):
-            raise BadInput(
-                f"{folder}: {layer} is for a matrix of {shape}, the base's has {target.shape}. Give its base."
-            )
-        tensors[f"{layer}.weight"] = target._replace(added=partial(_product, found[name], high, scaling, transpose))
-    return _Source(str(folder), tensors, base.n_blocks)
-
-# %% ../../nbs/changes/45_weights.ipynb #6e150216
-def _fetched(source: str | Path) -> Path:
-    "The folder of a model, fetched from the hub if it is no folder here; raises `BadInput`."
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "model*.safetensors", "adapter_model.safetensors"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as e:  # noqa: BLE001 - no such name, no network, no permission: each means no such model for us
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise BadInput(f"{str(source)!r} is no folder here, and the hub did not give it either. {reason}") from None
-
-
-def _open(source: Any, base: _Source | None) -> _Source:
-    "One of the two models."
-    if isinstance(source, nn.Module):
-        return _from_module(source)
-    folder = _fetched(source)
-    if not (folder / "adapter_config.json").exists():
-        return _from_folder(folder)
-    if base is None:
-        raise BadInput(f"Model B, {source}, is an adapter. B is the base: give a whole model, and the adapter as A.")
-    return _from_adapter(folder, base)
-
-
-def _open_pair(pair: Any) -> tuple[_Source, _Source]:
-    "The tensors of both models; models without a name in common raise `BadInput`."
-    if not isinstance(pair, LoadedPair) and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-        raise BadInput(f"Expected a ModelPair or two models (folders, hub names, modules), got {type(pair).__name__}.")
-    model_a, model_b = pair.models if isinstance(pair, LoadedPair) else pair
-    b = _open(model_b, None)
-    a = _open(model_a, b)
-    if not a.tensors.keys() & b.tensors.keys():
-        first = f"{next(iter(a.tensors), 'nothing')} in A and {next(iter(b.tensors), 'nothing')} in B"
-        raise BadInput(f"The models have no tensor name in common ({first}). Give two models of one architecture.")
-    return a, b
-
 # %% ../../nbs/changes/45_weights.ipynb #cdc163eb
 def _misfit(
     name: str,
-    a: _Tensor | None,  # None: the model has none of that name
-    b: _Tensor | None,
+    a: LazyTensor | None,  # None: the model has none of that name
+    b: LazyTensor | None,
 ) -> tuple[bool, str]:  # whether the two can be compared; what to warn of, empty if nothing
     "Whether a tensor can be compared, and what does not fit."
     if a is None or b is None:
         return False, f"{name} is only in {'B' if a is None else 'A'}"
-    packed = [t.dtype.removeprefix("torch.") for t in (a, b) if t.dtype not in _FLOATS]
+    packed = [t.dtype.removeprefix("torch.") for t in (a, b) if t.dtype not in FLOATS]
     if packed:
         return False, f"{name} is of {packed[0]} (load the model without quantization)"
     if a.shape == b.shape:
         return True, ""
-    if a.shape[1:] == b.shape[1:] and (_EMBEDDING.search(name) or _UNEMBEDDING.search(name)):
+    if a.shape[1:] == b.shape[1:] and (EMBEDDING.search(name) or UNEMBEDDING.search(name)):
         rows = f"{a.shape[0]} rows in A and {b.shape[0]} in B"
         return True, f"{name} has {rows}: the first {min(a.shape[0], b.shape[0])} were compared"
     return False, f"{name} is {a.shape} in A and {b.shape} in B"
 
 
-def _difference(a: _Tensor, b: _Tensor) -> tuple[Tensor, Tensor]:
+def _difference(a: LazyTensor, b: LazyTensor) -> tuple[Tensor, Tensor]:
     "ΔW and W_B, of the rows that both have."
     base = b.weight()
     rows: Any = slice(min(a.shape[0], b.shape[0])) if b.shape else ...
@@ -328,7 +92,7 @@ def _warn(misfits: Sequence[str]) -> None:
         warnings.warn("Weights that do not fit: " + "; ".join(misfits[:5]) + more, stacklevel=3)
 
 # %% ../../nbs/changes/45_weights.ipynb #c9e072ef
-def _row(name: str, block: int | None, a: _Tensor | None, b: _Tensor | None, fits: bool) -> dict[str, Any]:
+def _row(name: str, block: int | None, a: LazyTensor | None, b: LazyTensor | None, fits: bool) -> dict[str, Any]:
     "The numbers of one tensor; nan where the two cannot be compared."
     shape = next(t.shape for t in (b, a) if t is not None)
     sizes = {"rows": math.prod(shape[:-1]) if len(shape) > 1 else shape[0] if shape else 1}
@@ -350,9 +114,9 @@ def compare_weights(
     "What changed in each weight; models that cannot be read or compared raise `BadInput`, parts that do not fit warn."
     from tqdm.auto import tqdm
 
-    a, b = _open_pair(pair)
+    a, b = open_pair(pair)
     names = [*b.tensors, *(name for name in a.tensors if name not in b.tensors)]
-    blocks = _numbered(names, b.n_blocks)
+    blocks = numbered_blocks(names, b.n_blocks)
     rows = []
     misfits = []
     for name in tqdm(names, "weights", disable=not progress, leave=False):
@@ -360,6 +124,8 @@ def compare_weights(
         fits, said = _misfit(name, *both)
         misfits += [said] if said else []
         rows.append(_row(name, blocks[name][0] if name in blocks else None, *both, fits))
+        if fits and not math.isfinite(rows[-1]["change"]):
+            misfits.append(f"{name} holds numbers that are not finite")
     _warn(misfits)
     return pd.DataFrame(rows).astype({"block": "Int64"})
 
@@ -386,7 +152,7 @@ def weight_lines(
         return [f"no weight changed{left_out}"]
     inside = table[table.block.notna()]
     outside = table[table.block.isna()]
-    ends = outside.name.str.contains(_EMBEDDING) | outside.name.str.contains(_UNEMBEDDING)
+    ends = outside.name.map(lambda name: bool(EMBEDDING.search(name) or UNEMBEDDING.search(name))).astype(bool)
     parts = {f"block {number}": _together(part) for number, part in inside.groupby("block")}
     parts |= {
         label: _together(part)
@@ -396,9 +162,9 @@ def weight_lines(
     longest = max((x for x in parts.values() if 0 < x < math.inf), default=1.0)
     bar = lambda x: "+" * (math.ceil(width * min(x / longest, 1)) if x > 0 else 0)
     lines = [f"{label:10} | {x:6.4f} {bar(x)}".rstrip() for label, x in parts.items()]
-    most = moved.loc[moved.relative.idxmax()]
+    most: Any = next(moved.sort_values("relative", ascending=False, kind="stable").itertuples())
     last = f"{len(moved)} of {len(known)} matrices changed{left_out}"
-    return [*lines, f"{last}; largest: {printable(most['name'])} {most.relative:.2g}"]
+    return [*lines, f"{last}; largest: {printable(most.name)} {most.relative:.2g}"]
 
 # %% ../../nbs/changes/45_weights.ipynb #93d43c23
 def _kinds(
@@ -443,16 +209,13 @@ def _tokenizer_of(pair: Any, tokenizer: Any) -> Any:
         return pair.tokenizer
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
-    is_module = lambda source: isinstance(source, nn.Module)
-    named = lambda source: (
-        getattr(getattr(source, "config", None), "_name_or_path", "") if is_module(source) else source
-    )
-    for name in map(named, (pair[1], pair[0]) if tokenizer is None else (tokenizer,)):
+    for source in (pair[1], pair[0]) if tokenizer is None else (tokenizer,):
+        is_module = isinstance(source, nn.Module)
+        name = getattr(getattr(source, "config", None), "_name_or_path", "") if is_module else str(source)
         with suppress(Exception), quiet_loading():
-            return AutoTokenizer.from_pretrained(str(name or "/"), trust_remote_code=False)
-    raise BadInput(
-        "Found no tokenizer for these models, so rows have no words. Pass tokenizer=, a name or a tokenizer."
-    )
+            if name:
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_module)
+    raise BadInput("Found no tokenizer for these models, so rows have no words. Pass tokenizer=, a name or an object.")
 
 
 def moved_tokens(
@@ -461,8 +224,8 @@ def moved_tokens(
     tokenizer: Any = None,  # a name or a tokenizer; None: the models' own
 ) -> pd.DataFrame:  # matrix, token (printable), id, relative (‖Δrow‖ / ‖row of B‖); most moved first
     "The tokens whose rows of embedding and unembedding moved most; raises `BadInput`."
-    a, b = _open_pair(pair)
-    ends = [name for name in b.tensors if _EMBEDDING.search(name) or _UNEMBEDDING.search(name)]
+    a, b = open_pair(pair)
+    ends = [name for name in b.tensors if EMBEDDING.search(name) or UNEMBEDDING.search(name)]
     both = {name: (a.tensors[name], b.tensors[name]) for name in ends if name in a.tensors}
     found = {name: _misfit(name, *tensors) for name, tensors in both.items()}
     _warn([said for _, said in found.values() if said])

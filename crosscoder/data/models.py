@@ -119,9 +119,7 @@ def inner_model(
         return model
     if model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
-        raise BadInput(
-            f"The adapter ({kind}) is a learned prompt, no change of weights. Give a LoRA or a whole model."
-        )
+        raise BadInput(f"The adapter ({kind}) is a learned prompt, no change of weights. Give a LoRA or a whole model.")
     return model.get_base_model()
 
 # %% ../../nbs/data/21_models.ipynb #21635515
