@@ -54,7 +54,7 @@ def _stable_rank(
         return math.nan
     if change.ndim < 2:
         return 1.0
-    return (norm / max(_spectral(matrix) for matrix in change.reshape(-1, *change.shape[-2:]))) ** 2
+    return (norm / max(_spectral(matrix) for matrix in change.reshape(-1, *change.shape[-2:]) if matrix.any())) ** 2
 
 # %% ../../nbs/changes/45_weights.ipynb #cdc163eb
 def _misfit(
@@ -110,7 +110,7 @@ def _row(name: str, block: int | None, a: LazyTensor | None, b: LazyTensor | Non
 def compare_weights(
     pair: Any,  # a ModelPair, or (A, B): folders, hub names or loaded modules; A may be an adapter
     progress: bool = True,  # show a bar
-) -> pd.DataFrame:  # a row a tensor, in the models' order; see below
+) -> pd.DataFrame:  # a row a tensor: name, block, relative, stable_rank, rows, columns, change, norm
     "What changed in each weight; models that cannot be read or compared raise `BadInput`, parts that do not fit warn."
     from tqdm.auto import tqdm
 
@@ -152,7 +152,7 @@ def weight_lines(
         return [f"no weight changed{left_out}"]
     inside = table[table.block.notna()]
     outside = table[table.block.isna()]
-    ends = outside.name.map(lambda name: bool(EMBEDDING.search(name) or UNEMBEDDING.search(name))).astype(bool)
+    ends = outside.name.str.contains(f"{EMBEDDING.pattern}|{UNEMBEDDING.pattern}")
     parts = {f"block {number}": _together(part) for number, part in inside.groupby("block")}
     parts |= {
         label: _together(part)

@@ -122,8 +122,8 @@ def _from_module(
     return TensorTable(type(model).__name__, tensors, n_blocks)
 
 # %% ../../nbs/data/27_tensors.ipynb #c303f05b
-EMBEDDING = re.compile(r"\b(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
-UNEMBEDDING = re.compile(r"\b(lm_head|embed_out|output)\.weight$")
+EMBEDDING = re.compile(r"\b(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
+UNEMBEDDING = re.compile(r"\b(?:lm_head|embed_out|output)\.weight$")
 
 
 def _read_slice(file: Any, name: str) -> Tensor:
@@ -253,7 +253,7 @@ def _open(source: Any, base: TensorTable | None) -> TensorTable:
         raise BadInput(f"Model B, {source}, is an adapter. B is the base: give a whole model, and the adapter as A.")
     return _from_adapter(folder, base)
 
-
+# %% ../../nbs/data/27_tensors.ipynb #28e7b84b
 def _renamed(a: TensorTable, b: TensorTable) -> TensorTable:
     "A under B's names, where one model's have a prefix that the other's lack (`transformer.h` and `h`)."
     prefixes = {name.split(".")[0] + "." for name in (*a.tensors, *b.tensors)}
