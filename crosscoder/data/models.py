@@ -233,7 +233,7 @@ def _check_embedding(
 ) -> None:
     "Raise `BadInput` if `tokenizer` has token numbers that `model` has no embedding for."
     largest = max(tokenizer.get_vocab().values())
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     if largest >= rows:
         raise BadInput(
             f"The tokenizer has token numbers up to {largest}, but the embedding of {name!r} has {rows} rows "
