@@ -209,10 +209,13 @@ def _from_adapter(
     file = _open_file(folder / "adapter_model.safetensors")
     found = {name.removeprefix("base_model.model."): tensor for name, tensor in file.items()}
     tensors = dict(base.tensors)
+    for name in [n for n in found if n.removesuffix(".base_layer.weight") + ".weight" in tensors]:
+        plain = name.removesuffix(".base_layer.weight") + ".weight"  # an adapted embedding comes with a copy of it
+        tensors[plain] = tensors[plain]._replace(read=found.pop(name).read)
     for name in [n for n in found if not re.search(r"\.lora_(embedding_)?B(\.weight)?$", n)]:
         layer, kind, _ = (*re.split(r"\.(lora_(?:embedding_)?)A(?:\.weight)?$", name), "", "")[:3]
         high = found.get(name.replace(f"{kind}A", f"{kind}B")) if kind else None
-        target = base.tensors.get(f"{layer}.weight")
+        target = tensors.get(f"{layer}.weight")
         if high is None or target is None:
             raise BadInput(f"{folder}: {name} is no part of a LoRA on {base.name}. Give its base, or merge it first.")
         rank = found[name].shape[0]
