@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .analysis.evaluation import evaluate as evaluate
     from .analysis.features import feature_table as feature_table
     from .basics import BadInput as BadInput
+    from .changes.weights import compare_weights as compare_weights
     from .data.embedded import default_pair as default_pair
     from .data.embedded import default_texts as default_texts
     from .data.embedded import load_texts as load_texts
@@ -63,6 +64,7 @@ _WHERE = {
     "training.exclusive": ("find_differences",),
     "analysis.evaluation": ("evaluate",),
     "analysis.features": ("feature_table",),
+    "changes.weights": ("compare_weights",),
     "run.run": ("Run",),
     "run.pipeline": ("diff",),
     "run.report": ("write_report",),

@@ -6,7 +6,7 @@
 __all__ = ['RIDGES', 'LARGEST_NORM', 'ROWS_TO_FIT', 'LARGEST', 'OTHERS', 'CLOSES_ENOUGH', 'replaced_up_to', 'compare_layers',
            'plot_layers', 'choose_layer']
 
-# %% ../../nbs/changes/48_layers.ipynb #4fc03743
+# %% ../../nbs/changes/48_layers.ipynb #91a1b773
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,14 +17,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..analysis.plots import INK, figure, set_text, styled
-from ..basics import evenly_spaced
+from ..analysis.plots import INK, figure, styled
+from ..basics import evenly_spaced, printable
 from .outputs import compare_logits
 from ..data.models import ModelPair
-from ..data.predictions import Predictor, Reading, batches, has_head, padded_ids, read_limit, read_texts, replaced
+from crosscoder.data.predictions import (
+    Predictor,
+    Reading,
+    batches,
+    has_head,
+    padded_ids,
+    read_limit,
+    read_texts,
+    replaced,
+)
 from ..data.texts import Text, as_texts
 
-# %% ../../nbs/changes/48_layers.ipynb #67173291
+# %% ../../nbs/changes/48_layers.ipynb #92c0a90f
 @contextmanager
 def _caught(blocks: Iterable[nn.Module]) -> Iterator[list[Any]]:
     "What each block puts out, the last time it ran."
@@ -41,7 +50,7 @@ def _stream(output: Any) -> Tensor:  # (batch, tokens, d)
     "The residual stream in what a block puts out."
     return output[0] if isinstance(output, tuple) else output
 
-# %% ../../nbs/changes/48_layers.ipynb #8f52718b
+# %% ../../nbs/changes/48_layers.ipynb #f2805322
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean squared norm of a row
 LARGEST_NORM = 10.0  # rows over this multiple of the median norm are left out, as in `extract`
 ROWS_TO_FIT = 512  # of each half
@@ -65,10 +74,12 @@ def _unexplained(x_a: Tensor, x_b: Tensor, half: Tensor) -> Tensor:  # (n,) squa
     for side in (0, 1):
         fit = (half != side).nonzero()[:, 0]
         fit = fit[evenly_spaced(fit, ROWS_TO_FIT)]
-        errors[:, half == side] = (delta[half == side] - _guessed(x_b[fit], delta[fit], x_b[half == side])).square().sum(2)
+        errors[:, half == side] = (
+            (delta[half == side] - _guessed(x_b[fit], delta[fit], x_b[half == side])).square().sum(2)
+        )
     return errors[errors.sum(1).argmin()]
 
-# %% ../../nbs/changes/48_layers.ipynb #b74b08a5
+# %% ../../nbs/changes/48_layers.ipynb #fca47593
 LARGEST, OTHERS = 96, 32  # places of a source that the KL is measured at
 
 
@@ -93,7 +104,7 @@ def replaced_up_to(
             stack.enter_context(replaced(block, output))
         yield
 
-# %% ../../nbs/changes/48_layers.ipynb #4012337d
+# %% ../../nbs/changes/48_layers.ipynb #37305f1c
 class _Sample:
     "Some texts as both models read them: streams of all layers, and the places where the KL is measured."
 
@@ -123,9 +134,11 @@ class _Sample:
     def labels(self, first: int) -> tuple[np.ndarray, np.ndarray]:  # source and number of the text of each row
         "Where the rows of all groups are from."
         n = [(r, max(0, len(r.ids) - max(first, r.repeated))) for some in self.groups for r in some]
-        return np.repeat([r.text.source for r, _ in n], [k for _, k in n]), np.repeat([r.number for r, _ in n], [k for _, k in n])
+        return np.repeat([r.text.source for r, _ in n], [k for _, k in n]), np.repeat(
+            [r.number for r, _ in n], [k for _, k in n]
+        )
 
-# %% ../../nbs/changes/48_layers.ipynb #cd4caf9c
+# %% ../../nbs/changes/48_layers.ipynb #4df8c397
 def _distances(sample: _Sample, layer: int) -> pd.DataFrame:  # columns source, moved, spread, left, whole: squared
     "Of each row of a layer: its difference, both models' spread, and what the affine guess leaves."
     x_a, x_b = (
@@ -190,9 +203,13 @@ class _Ceilings:
 
 def _on(output: Any, device: torch.device) -> Any:
     "What a block puts out, on another device."
-    return tuple(x.to(device) if torch.is_tensor(x) else x for x in output) if isinstance(output, tuple) else output.to(device)
+    return (
+        tuple(x.to(device) if torch.is_tensor(x) else x for x in output)
+        if isinstance(output, tuple)
+        else output.to(device)
+    )
 
-# %% ../../nbs/changes/48_layers.ipynb #18c8e20c
+# %% ../../nbs/changes/48_layers.ipynb #f15fdd80
 def _spread_out(texts: list[Text], each: int) -> list[Text]:
     "Some texts of each source, evenly spaced."
     by_source: dict[str, list[Text]] = {}
@@ -225,7 +242,9 @@ def compare_layers(
             after = ceilings.after(layer) if ceilings else None
             sources = list(dict.fromkeys(r.text.source for r in readings))
             for source in [*sources, *(["all"] if len(sources) > 1 else [])]:
-                rows.append({"layer": layer, "source": source, **_row(d, source), "closes": _closes(ceilings, after, source)})
+                rows.append(
+                    {"layer": layer, "source": source, **_row(d, source), "closes": _closes(ceilings, after, source)}
+                )
             bar.update()
     return pd.DataFrame(rows)
 
@@ -245,7 +264,7 @@ def _closes(ceilings: _Ceilings | None, after: np.ndarray | None, source: str) -
     before = (ceilings.weight * ceilings.before)[here].sum()
     return float(1 - (ceilings.weight * after)[here].sum() / before) if before > 0 else np.nan
 
-# %% ../../nbs/changes/48_layers.ipynb #bf9ff2e8
+# %% ../../nbs/changes/48_layers.ipynb #8941f361
 @styled
 def plot_layers(
     table: pd.DataFrame,  # from `compare_layers`
@@ -258,16 +277,17 @@ def plot_layers(
     for ax, (column, title) in zip(axes, names.items()):
         for i, source in enumerate(sources):
             some = table[table.source == source]
-            ax.plot(some.layer, some[column], color=("#d55e00", "#0080c8", "#b3963a", INK)[i % 4], label=source)
+            ax.plot(
+                some.layer, some[column], color=("#d55e00", "#0080c8", "#b3963a", INK)[i % 4], label=printable(source)
+            )
         ax.set(title=title, xlabel="layer", ylim=(0, None))
         if layer is not None:
             ax.axvline(layer, color=INK, lw=0.8, ls=":")
-    handles, labels = axes[0].get_legend_handles_labels()
-    for line, label in zip(axes[0].legend(handles, labels).get_texts(), labels):
-        set_text(line.set_text, label)
+    for name in axes[0].legend().get_texts():
+        name.set_parse_math(False)  # a source's name is no formula
     return fig
 
-# %% ../../nbs/changes/48_layers.ipynb #6f2d05b4
+# %% ../../nbs/changes/48_layers.ipynb #9c612e8a
 CLOSES_ENOUGH = 0.5
 
 

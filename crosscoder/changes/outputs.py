@@ -220,7 +220,9 @@ class Outputs:
 
     def __repr__(self) -> str:
         kl = ", ".join(f"{r.source} {r.kl:.3g}" for r in self.sources.itertuples())
-        return f"Outputs({self.names[0]} against {self.names[1]}: {len(self.tokens):,} predictions, KL {kl} nats a token)"
+        return (
+            f"Outputs({self.names[0]} against {self.names[1]}: {len(self.tokens):,} predictions, KL {kl} nats a token)"
+        )
 
     def _repr_html_(self) -> str:
         shown = self.sources[["source", "tokens", "texts", "kl", "forgetting", "forgetting_low", "forgetting_high"]]
@@ -333,6 +335,8 @@ def parting_contexts(
         for p in range(max(1, place.position - before), min(place.position + after, rows.index[-1]) + 1):
             r = rows.loc[p]
             choice = (printable(r.first_a), printable(r.first_b)) if r.first_a != r.first_b else None
-            pieces.append({"text": text[r.start : r.end], "kl": float(r.kl), "choice": choice, "here": p == place.position})
+            pieces.append(
+                {"text": text[r.start : r.end], "kl": float(r.kl), "choice": choice, "here": p == place.position}
+            )
         shown.append({"source": place.source, "text": place.text, "kl": float(place.kl), "tokens": pieces})
     return shown

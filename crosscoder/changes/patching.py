@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_into']
 
-# %% ../../nbs/changes/47_patching.ipynb #2bae88ff
+# %% ../../nbs/changes/47_patching.ipynb #864adaad
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,19 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from ..basics import BadInput
-from ..data.models import find_blocks
-from ..data.predictions import causal_model
+from ..data.models import find_blocks, inner_model
 
-# %% ../../nbs/changes/47_patching.ipynb #8bf155f9
-def _check(
-    model: Any,
-    layer: int,
-    delta: Tensor,
-) -> None:
+# %% ../../nbs/changes/47_patching.ipynb #6de6a367
+def _check(model: Any, layer: int, delta: Tensor) -> None:
     "`BadInput` unless the layer is there and the delta as wide as the model."
     blocks = find_blocks(model)
     if not -1 < layer < len(blocks):
-        raise BadInput(f"there is no layer {layer}: this model has {len(blocks)} blocks, valid are 0 to {len(blocks) - 1}")
+        raise BadInput(
+            f"there is no layer {layer}: this model has {len(blocks)} blocks, valid are 0 to {len(blocks) - 1}"
+        )
     d = model.config.get_text_config().hidden_size
     if delta.dim() not in (1, 3) or delta.shape[-1] != d:
         expected = f"expected (batch, tokens, {d}) or ({d},)"
@@ -49,7 +46,7 @@ def _part(
         raise BadInput(f"delta is for {delta.shape[1]} tokens, the model reads {seen + tokens}")
     return delta[:, seen : seen + tokens]
 
-# %% ../../nbs/changes/47_patching.ipynb #caa3a5ab
+# %% ../../nbs/changes/47_patching.ipynb #ae3553a6
 @contextmanager
 def write_into(
     model: Any,  # a causal language model of transformers, with or without an adapter around it
@@ -57,7 +54,7 @@ def write_into(
     delta: Tensor,  # (batch, tokens, d) for the tokens of a text, filling included, or (d,) for every token
 ) -> Iterator[None]:
     "Add `delta` to the block's output as long as this lasts; a wrong shape, layer or length raises `BadInput`."
-    inner = causal_model(model)
+    inner = inner_model(model)
     _check(inner, layer, delta)
     seen = 0
 
