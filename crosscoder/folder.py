@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'TEXTS', 'METRICS', 'EVALUATION', 'MODEL', 'FEATURES', 'REPORT', 'ERROR', 'ACTIVATIONS_FOLDER',
-           'DIFFERENCE_FOLDER', 'SEEDS_FOLDER', 'CHECKPOINT', 'MADE_BY', 'FORMER_COLUMNS', 'made_again_with',
-           'read_config', 'update_config', 'forget_config', 'read_metrics', 'write_metrics', 'append_metrics',
-           'mean_fve', 'read_evaluation', 'write_evaluation', 'read_text_counts', 'write_text_counts', 'save_table',
-           'load_table']
+           'DIFFERENCE_FOLDER', 'SEEDS_FOLDER', 'CHANGES_FOLDER', 'CHECKPOINT', 'MADE_BY', 'FORMER_COLUMNS',
+           'made_again_with', 'read_config', 'update_config', 'forget_config', 'read_metrics', 'write_metrics',
+           'append_metrics', 'mean_fve', 'read_evaluation', 'write_evaluation', 'read_text_counts', 'write_text_counts',
+           'save_table', 'load_table']
 
 # %% ../nbs/02_folder.ipynb #f0000003
 import io
@@ -22,6 +22,7 @@ from .basics import BadInput, check_same, parse_json, read_json, write_atomic, w
 CONFIG, TEXTS, METRICS, EVALUATION = "config.json", "texts.json", "metrics.jsonl", "evaluation.json"
 MODEL, FEATURES, REPORT, ERROR = "model.safetensors", "features.parquet", "report.html", "error.txt"
 ACTIVATIONS_FOLDER, DIFFERENCE_FOLDER, SEEDS_FOLDER = "activations", "difference", "seeds"
+CHANGES_FOLDER = "changes"  # weights, predictions and layers
 CHECKPOINT = "checkpoint/state.safetensors"
 
 MADE_BY = {CONFIG: "train", METRICS: "train", MODEL: "train", EVALUATION: "evaluate", FEATURES: "features"}

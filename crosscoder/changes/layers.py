@@ -161,6 +161,13 @@ def _distances(sample: _Sample, layer: int) -> pd.DataFrame:  # columns source, 
     )
 
 
+def _kl(z_a: Tensor, z_b: Tensor) -> Tensor:  # (n,)
+    "Nats at some places; what only one vocabulary has is no token."
+    width = min(z_a.shape[1], z_b.shape[1])
+    parts = zip(z_a[:, :width].split(16), z_b[:, :width].to(z_a.device).split(16))
+    return torch.cat([compare_logits(x, y).kl for x, y in parts]).cpu()
+
+
 class _Ceilings:
     "What A's stream, written into B, closes of the KL at some places."
 
@@ -169,7 +176,8 @@ class _Ceilings:
         a, b = sample.both
         rows = [[sample.rows(i, h[m], 0).to(h[m]) for i, h in enumerate(sample.hidden)] for m in (0, 1)]
         h_a, h_b = torch.cat(rows[0]), torch.cat(rows[1])
-        kl = torch.cat([self.kl(a.logits(x), b.logits(y)) for x, y in zip(h_a.split(128), h_b.split(128))]).numpy()
+        kl = torch.cat([_kl(a.logits(x), b.logits(y)) for x, y in zip(h_a.split(64), h_b.split(64))]).numpy()
+        self.width = min(p.model.get_output_embeddings().weight.shape[0] for p in sample.both)
         source, _ = sample.labels(0)
         rng = np.random.default_rng(0)
         picked = [(np.flatnonzero(source == s), s) for s in np.unique(source)]
@@ -178,14 +186,9 @@ class _Ceilings:
         self.weight = np.concatenate([weight for _, weight, _ in chosen])
         self.source = np.concatenate([[s] * len(where) for where, _, s in chosen])
         self.before = kl[self.at.numpy()]
-        self.z_a = torch.cat([a.logits(x) for x in h_a[self.at].split(128)])
-
-    @staticmethod
-    def kl(z_a: Tensor, z_b: Tensor) -> Tensor:  # (n,)
-        "Nats at some places; what only one vocabulary has is no token."
-        width = min(z_a.shape[1], z_b.shape[1])
-        parts = zip(z_a[:, :width].split(16), z_b[:, :width].to(z_a.device).split(16))
-        return torch.cat([compare_logits(x, y).kl for x, y in parts]).cpu()
+        log_p = torch.cat([a.logits(x)[:, : self.width].float().log_softmax(1) for x in h_a[self.at].split(64)])
+        self.p_a = log_p.exp()
+        self.negative_entropy = (self.p_a * log_p.clamp(min=-1e4)).sum(1)
 
     def after(self, layer: int) -> np.ndarray:  # KL at the places
         "With A's whole stream in B at a layer."
@@ -197,8 +200,14 @@ class _Ceilings:
             with replaced_up_to(sample.pair.blocks[1], layer, output):
                 hidden = b.hidden(ids)
             rows.append(sample.rows(i, hidden, 0).to(hidden))
-        z_b = [b.logits(x) for x in torch.cat(rows)[self.at].split(128)]
-        return self.kl(self.z_a, torch.cat(z_b)).numpy()
+        return torch.cat([self._kl_of(b, x, i) for i, x in enumerate(torch.cat(rows)[self.at].split(64))]).numpy()
+
+    def _kl_of(self, b: Predictor, hidden: Tensor, part: int) -> Tensor:  # (n,)
+        "Of A against what B says of some hidden states: entropy and cross entropy, as p_a stays the same."
+        z = b.logits(hidden)[:, : self.p_a.shape[1]].float().to(self.p_a.device)
+        rows = slice(64 * part, 64 * part + len(z))
+        cross = z.logsumexp(1) - (self.p_a[rows] * z).sum(1)
+        return (self.negative_entropy[rows] + cross).clamp(min=0).cpu()
 
 
 def _on(output: Any, device: torch.device) -> Any:
@@ -298,7 +307,8 @@ def choose_layer(
     every = table[table.source == ("all" if "all" in set(table.source) else table.source.iloc[0])]
     if every.closes.notna().any():
         enough = every.closes >= CLOSES_ENOUGH
-        return int(every.layer[enough.idxmax() if enough.any() else every.closes.idxmax()])
+        best = int((enough if enough.any() else every.closes).to_numpy().argmax())
+        return int(every.layer.iloc[best])
     if every.unexplained.notna().any():
-        return int(every.layer[every.unexplained.idxmax()])
+        return int(every.layer.iloc[int(every.unexplained.to_numpy().argmax())])
     return int(every.layer.max()) // 2

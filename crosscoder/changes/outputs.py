@@ -7,6 +7,7 @@ __all__ = ['SERIES_BELOW', 'KINDS', 'MEASURES', 'AMONG', 'ROWS_AT_ONCE', 'ROWS_I
            'source_table', 'Outputs', 'check_heads', 'compare_outputs', 'parting_contexts']
 
 # %% ../../nbs/changes/46_outputs.ipynb #bc015b2d
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
@@ -162,8 +163,8 @@ def _compare_text(
         at_once = ROWS_IN_CACHE if z[0].device.type == "cpu" else ROWS_AT_ONCE
         for i in range(0, stop - start, at_once):
             part = slice(start + i, min(start + i + at_once, stop))
-            found, mined = _compare_rows([x[i : i + at_once] for x in z], target[part], member[:, part])
-            sums = sums + mined
+            found, some = _compare_rows([x[i : i + at_once] for x in z], target[part], member[:, part])
+            sums = sums + some
             for k, v in found.items():
                 columns.setdefault(k, []).append(v.cpu())
     return {k: torch.cat(v).numpy() for k, v in columns.items()}, sums
@@ -226,7 +227,7 @@ class Outputs:
 
     def _repr_html_(self) -> str:
         shown = self.sources[["source", "tokens", "texts", "kl", "forgetting", "forgetting_low", "forgetting_high"]]
-        return f"<p>{escape(repr(self))}</p>{shown.to_html(index=False, float_format='%.4g')}"
+        return f"<p>{escape(repr(self))}</p>{shown.round(4).to_html(index=False)}"
 
 # %% ../../nbs/changes/46_outputs.ipynb #29a64357
 def _vocabulary(sums: dict[str, _Sums], tokenizer: Any, keep: int) -> pd.DataFrame:
@@ -274,7 +275,6 @@ def compare_outputs(
     readings, counts = read_texts(texts, pair.tokenizer, min(limits, default=10**9))
     both = [Predictor(m) for m in pair.models]
     parts: dict[int, dict] = {}
-    mined: dict[int, Tensor] = {}
     sums: dict[str, _Sums] = {}
     total = sum(len(r.ids) for r in readings)
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="predictions", disable=not progress) as bar:
@@ -310,6 +310,14 @@ def _tokens(readings: list[Reading], parts: dict[int, dict], tokenizer: Any) -> 
     return table
 
 # %% ../../nbs/changes/46_outputs.ipynb #d092811f
+def _piece(row: dict[str, Any], text: str, here: int) -> dict:
+    "A token of a context: its text, KL, and both first choices where they differ."
+    a, b = printable(row["first_a"]), printable(row["first_b"])
+    choice = (a, b) if row["first_a"] != row["first_b"] else None
+    is_here = row["position"] == here
+    return {"text": text[row["start"] : row["end"]], "kl": row["kl"], "choice": choice, "here": is_here}
+
+
 def parting_contexts(
     out: Outputs,
     texts: list[Text],  # those that were compared
@@ -318,25 +326,24 @@ def parting_contexts(
     after: int = 6,
 ) -> list[dict]:  # source, kl, and tokens: text, kl, and both first choices where they differ
     "The most changed contexts, the largest KL first."
-    shown, seen, used = [], set(), {}
-    once = out.tokens[~out.tokens.repeated]
-    grouped = {number: rows for number, rows in out.tokens.groupby("text")}
-    for place in once.sort_values("kl", ascending=False, kind="stable").itertuples():
-        if len(shown) == n or place.kl == 0:
+    once = out.tokens[~out.tokens.repeated].sort_values("kl", ascending=False, kind="stable")
+    places: Any = once[once.kl > 0].to_dict("records")
+    by_text = dict(list(out.tokens.groupby("text")))
+    shown: list[dict] = []
+    endings: set[tuple] = set()
+    used: Counter = Counter()
+    for place in places:
+        text, here = texts[place["text"]].text, place["position"]
+        rows = by_text[place["text"]]
+        near = rows[rows.position.between(here - before, here + after)]
+        ending = (*rows.first_b[rows.position.between(here - 2, here - 1)], place["first_a"], place["first_b"])
+        if len(shown) == n:
             break
-        rows = grouped[place.text].set_index("position")
-        text = texts[place.text].text
-        ending = (text[rows.start.get(place.position - 3, 0) : place.start], place.first_a)
-        if ending in seen or used.get(place.text, 0) >= 2:
+        if ending in endings or used[place["text"]] == 2:
             continue
-        seen.add(ending)
-        used[place.text] = used.get(place.text, 0) + 1
-        pieces = []
-        for p in range(max(1, place.position - before), min(place.position + after, rows.index[-1]) + 1):
-            r = rows.loc[p]
-            choice = (printable(r.first_a), printable(r.first_b)) if r.first_a != r.first_b else None
-            pieces.append(
-                {"text": text[r.start : r.end], "kl": float(r.kl), "choice": choice, "here": p == place.position}
-            )
-        shown.append({"source": place.source, "text": place.text, "kl": float(place.kl), "tokens": pieces})
+        endings.add(ending)
+        used[place["text"]] += 1
+        records: Any = near.to_dict("records")
+        tokens = [_piece(r, text, here) for r in records]
+        shown.append({"source": place["source"], "text": place["text"], "kl": place["kl"], "tokens": tokens})
     return shown
