@@ -327,12 +327,13 @@ def _read_block(
         raise BadInput(f"A text has {n_tokens} tokens; {name!r} reads at most {limit}. Cut it shorter.")
     device = model.get_input_embeddings().weight.device
     inputs: dict[str, Any] = {"input_ids": input_ids.to(device, non_blocking=input_ids.is_pinned())}
+    known = inspect.signature(model.forward).parameters
     if past is not None:
-        inputs.update(past_key_values=past, use_cache=True)
+        inputs.update({"cache" if "cache" in known else "past_key_values": past, "use_cache": True})
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask.to(device)
         # models without such places (ALiBi) read the mask
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        if "position_ids" in known:
             inputs["position_ids"] = _positions(inputs["attention_mask"])
     return _block_output(model, block, **inputs)
 
@@ -401,10 +402,9 @@ def common_past(
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             "Both with the common ones before them."
-            n = len(key_states)
-            both = (self.keys, key_states), (self.values, value_states)
-            k, v = (torch.cat([before.expand(n, -1, -1, -1), new], dim=-2) for before, new in both)
-            return k, v
+            before: list[Any] = [self.keys, self.values]
+            k, v = (x.expand(len(key_states), -1, -1, -1) for x in before)
+            return torch.cat([k, key_states], dim=-2), torch.cat([v, value_states], dim=-2)
 
     def cut(layer: Any) -> DynamicLayer:
         new = Common()

@@ -135,6 +135,7 @@ class ActivationStore(Rows):
 
     shard: Callable[[int], dict]  # below
     _columns: Callable[[dict], dict]  # below
+    _lines: Callable[[], pd.DataFrame]  # below
     from_tensors: Callable[..., "ActivationStore"]  # below
 
     def __init__(self, path: str | Path):  # the folder
@@ -228,7 +229,7 @@ def _runs(
 def _read_into(
     file: Any,  # open, without a buffer
     offset: int,  # first byte
-    out: np.ndarray,  # (n,) or (rows, n) bytes to fill
+    out: Any,  # (n,) or (rows, n) bytes to fill
 ) -> None:
     "Fill an array from a file; one that ends too soon raises `BadInput`."
     file.seek(offset)
@@ -277,7 +278,7 @@ def _columns(
     "Where the rows of a shard come from, read without the activations; `BadInput` if it was altered."
     f = self._file(s)
     try:
-        found = {
+        found: dict[str, Any] = {
             k: np.fromfile(f, np.int32, s["rows"], offset=start) for k, (_, start) in _header(f).items() if k in WHERE
         }
     except (ValueError, KeyError):
@@ -412,7 +413,7 @@ class StorePart(Rows):
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: Any,  # an `ActivationStore`
         index: Tensor,  # (n,) row numbers
         numbers: np.ndarray | None = None,  # of the texts it is made of; by default those that its rows refer to
     ):
@@ -459,7 +460,7 @@ def _numbers(
     "Numbers of the texts that have rows, of their own or of an earlier text."
     if isinstance(rows, StorePart) and rows._numbers is not None:
         return rows._numbers
-    own = pd.unique(rows.rows.text)
+    own = np.unique(rows.rows.text.to_numpy())
     return own if isinstance(rows, StorePart) else np.union1d(own, np.flatnonzero(links[0] >= 0))
 
 
@@ -488,8 +489,8 @@ def split(
     "Two parts that share no text and no beginning of one; raises `BadInput` where that leaves nothing to test on."
     if not 0 < test < 1:
         raise BadInput(f"test is {test}: expected a share between 0 and 1")
-    is_part = isinstance(self, StorePart)
-    store, index = (self.store, self.index) if is_part else (self, torch.arange(len(self)))
+    store: Any = self.store if isinstance(self, StorePart) else self
+    index = self.index if isinstance(self, StorePart) else torch.arange(len(self))
     links = _links(store._lines().shares)
     numbers = _numbers(self, links)
     in_test = _test_numbers(numbers, self.texts, test, seed)
