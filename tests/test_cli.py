@@ -197,11 +197,7 @@ def test_card_preset(models, files, tmp_path):
     assert config["activations"]["tokens"] == "last" and config["texts"]["shuffle"] is False
     store = ActivationStore(tmp_path / "card" / "activations")
     assert (len(store), len(store.texts), store.rows.shared.sum()) == (60, 80, 80)  # one row a text, repeats once
-    assert list(store.texts.source[[0, 39, 40]]) == [
-        "fineweb",
-        "fineweb",
-        "toolrl",
-    ]
+    assert list(store.texts.source[[0, 39, 40]]) == ["fineweb", "fineweb", "toolrl"]
     assert (tmp_path / "card" / "wandb").is_dir()  # offline, since nobody is logged in
     cc = CrossCoder.load(tmp_path / "card")
     cc.save(tmp_path / "published", format="card")
