@@ -89,7 +89,7 @@ def _common_length(a: bytes, b: bytes) -> int:
     differ = np.frombuffer(a, np.uint32, n) != np.frombuffer(b, np.uint32, n)
     return int(differ.argmax()) if differ.any() else n
 
-
+# %% ../../nbs/data/24_extraction.ipynb #5b0a7cf3
 class EarlierTexts:
     "Every text so far, and what each has in common with those before it."
 
@@ -230,7 +230,9 @@ def model_batches(
     past: int = 0,  # tokens before those of each text
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     "Which texts, their token numbers (texts, width), and the wanted places (rows,) in those laid out flat."
-    for members in _batches([len(k.ids) for k in kept], batch_tokens, past):
+    some = [i for i, t in enumerate(kept) if t.wanted]  # of the others everything is there
+    for chosen in _batches([len(kept[i].ids) for i in some], batch_tokens, past):
+        members = [some[n] for n in chosen]
         width = len(kept[members[0]].ids)
         ids = torch.tensor([kept[i].ids + [pad] * (width - len(kept[i].ids)) for i in members])
         wanted = torch.tensor([row * width + p for row, i in enumerate(members) for p in kept[i].wanted])
@@ -311,7 +313,7 @@ def _pass(
         parts.append(_Part(n, ids.shape[1] - n, [(bits[start:stop], norms[start:stop]) for bits, norms in out]))
     return parts
 
-
+# %% ../../nbs/data/24_extraction.ipynb #cd35dc30
 @torch.inference_mode()
 def _run(
     pair: ModelPair,
@@ -364,7 +366,7 @@ def _goes_on(
             return False
     return True
 
-
+# %% ../../nbs/data/24_extraction.ipynb #de68c4a7
 def _runs_of_group(
     pair: ModelPair,
     layer: int,
@@ -431,7 +433,7 @@ def _refuse_nan(
     for name, n in zip(names, norms):
         check_finite(torch.from_numpy(n)[:, None], place, name)
 
-
+# %% ../../nbs/data/24_extraction.ipynb #c9239759
 def _write_shard(
     w: StoreWriter,
     pair: ModelPair,
@@ -552,7 +554,7 @@ def _start(
     manifest["shards"] = manifest["shards"][:whole]  # a group begun is run again from its start
     return manifest
 
-
+# %% ../../nbs/data/24_extraction.ipynb #89e5e4fe
 def _skip(
     texts: Iterator[Text],
     w: StoreWriter,
@@ -638,7 +640,7 @@ def _run_all(
     if progress:
         print(_summary(Counter(w.manifest["counts"]) - before, perf_counter() - start, waited, w.manifest["goes_on"]))
 
-
+# %% ../../nbs/data/24_extraction.ipynb #fd866c0e
 def _wait(
     writing: tuple[Sequence[Any], Future] | None,  # what to wait for on the devices, and the thread's work
     bar: tqdm,

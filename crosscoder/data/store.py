@@ -51,7 +51,7 @@ def _shard_tensors(
     # safetensors refuses tensors that share memory
     return {k: t.clone(memory_format=torch.contiguous_format) for k, t in named.items()}
 
-
+# %% ../../nbs/data/23_store.ipynb #3826b0d2
 def _text_line(
     text: Text,
     shares: tuple[int, int] | None,  # number of an earlier text, and how many of its first tokens are this one's too
