@@ -11,7 +11,8 @@ from conftest import WORDS, cli, make_model
 from crosscoder import ActivationStore, BadInput, CrossCoder, ModelPair, TrainConfig, extract, train
 from crosscoder.data.embedded import load_texts
 
-TEXTS = [f"the cat sat on a {w}" for w in WORDS]
+TEXTS = [f"{w} cat sat on a {w}" for w in WORDS]
+MANY = [*TEXTS, *(f"a {t}" for t in TEXTS)]
 
 
 def refuses(part, f):
@@ -113,7 +114,7 @@ def test_nan_names_text_and_model(models, tmp_path):
         "NaN or Inf",
         lambda: extract(pair, [*TEXTS, "a dog sat"], tmp_path / "s", layer=1, tokens="all", progress=False),
     )
-    assert "'the cat sat on a dog'" in message and f"model {models[1]} gave" in message
+    assert "'dog cat sat on a dog'" in message and f"model {models[1]} gave" in message
     refuses("the batch holds NaN or Inf", lambda: train(*_nan_store(tmp_path)))
 
 
@@ -128,19 +129,19 @@ def _nan_store(tmp_path):
 def test_disk_full(pair, tmp_path, monkeypatch):
     "The third shard meets a full disk: the first two stay, and with room again the store is the same as without."
     args = dict(layer=2, tokens="all", shard_rows=50, progress=False)
-    whole = extract(pair, TEXTS * 3, tmp_path / "whole", **args)
+    whole = extract(pair, MANY, tmp_path / "whole", **args)
     real = builtins.open
 
     def full(path, mode="r", *rest, **kwargs):
         return real("/dev/full" if ".00002.safetensors" in str(path) and "w" in mode else path, mode, *rest, **kwargs)
 
     monkeypatch.setattr(builtins, "open", full)
-    message = refuses("No space left on device", lambda: extract(pair, TEXTS * 3, tmp_path / "cut", **args))
+    message = refuses("No space left on device", lambda: extract(pair, MANY, tmp_path / "cut", **args))
     assert "00002.safetensors could not be written" in message and "make room" in message
     monkeypatch.undo()
     assert len(ActivationStore(tmp_path / "cut").manifest["shards"]) == 2
     assert not list((tmp_path / "cut").glob(".*"))
-    extract(pair, TEXTS * 3, tmp_path / "cut", **args)
+    extract(pair, MANY, tmp_path / "cut", **args)
     assert {p.name: p.read_bytes() for p in whole.path.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir()
     }

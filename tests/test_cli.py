@@ -195,12 +195,9 @@ def test_card_preset(models, files, tmp_path):
         "normalizer": "zscore",
     }
     assert config["activations"]["tokens"] == "last" and config["texts"]["shuffle"] is False
-    assert len(ActivationStore(tmp_path / "card" / "activations")) == 80  # one row a text, repeats included
-    assert list(ActivationStore(tmp_path / "card" / "activations").texts.source[[0, 39, 40]]) == [
-        "fineweb",
-        "fineweb",
-        "toolrl",
-    ]
+    store = ActivationStore(tmp_path / "card" / "activations")
+    assert (len(store), len(store.texts), store.rows.shared.sum()) == (60, 80, 80)  # one row a text, repeats once
+    assert list(store.texts.source[[0, 39, 40]]) == ["fineweb", "fineweb", "toolrl"]
     assert (tmp_path / "card" / "wandb").is_dir()  # offline, since nobody is logged in
     cc = CrossCoder.load(tmp_path / "card")
     cc.save(tmp_path / "published", format="card")
@@ -237,8 +234,9 @@ def test_a_corrected_command_works_in_the_same_folder(models, files, tmp_path):
 def test_copies_of_a_text_stay_together(run):
     out = run[0]
     store = ActivationStore(out / "activations")
-    parts = [set(p.texts.text[p.rows.text.unique()]) for p in store.split()]
+    parts = [{store.texts.text[t][:end] for t, end in zip(p.rows.text, p.rows.end)} for p in store.split()]
     assert len(store.texts) > store.texts.text.nunique() and not parts[0] & parts[1]
+    assert sum(map(len, parts)) == len(store)  # every beginning once
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")

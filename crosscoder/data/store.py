@@ -9,7 +9,7 @@ __all__ = ['WHERE', 'DTYPES', 'StoreWriter', 'Rows', 'ActivationStore', 'check_f
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from html import escape
 from itertools import groupby
@@ -30,33 +30,62 @@ from .texts import Text
 WHERE = ("text", "position", "start", "end")  # int32, a number a row each
 
 
-def _sha256(data):
+def _sha256(data: bytes) -> str:
+    "The checksum of some bytes."
     return hashlib.sha256(data).hexdigest()
 
 
-def _columns_sha256(columns):
-    return _sha256(b"".join(np.asarray(columns[k]).tobytes() for k in WHERE))  # {name: (rows,) int32}
+def _columns_sha256(
+    columns: dict[str, Any],  # {name: (rows,) int32}
+) -> str:
+    "The checksum of where the rows of a shard come from."
+    return _sha256(b"".join(np.asarray(columns[k]).tobytes() for k in WHERE))
 
 
-def _shard_tensors(activations, where):  # (rows, d_m) of each model; {name: (rows,)} -> the tensors of a shard by name
+def _shard_tensors(
+    activations: Sequence[Tensor],  # (rows, d_m) of each model
+    where: dict[str, Tensor],  # {name: (rows,)}
+) -> dict[str, Tensor]:
+    "The tensors of a shard by name."
     named = {**{str(m): a for m, a in enumerate(activations)}, **{k: where[k].int() for k in WHERE}}
-    return {
-        k: t.clone(memory_format=torch.contiguous_format) for k, t in named.items()
-    }  # safetensors refuses tensors that share memory
+    # safetensors refuses tensors that share memory
+    return {k: t.clone(memory_format=torch.contiguous_format) for k, t in named.items()}
+
+# %% ../../nbs/data/23_store.ipynb #3826b0d2
+def _text_line(
+    text: Text,
+    shares: tuple[int, int] | None,  # number of an earlier text, and how many of its first tokens are this one's too
+) -> str:
+    "A text's line in the file beside a shard."
+    line = {"text": text.text, "source": text.source}
+    return json.dumps({**line, "shares": shares} if shares else line) + "\n"
 
 
 class StoreWriter:
     "Writes shards and the manifest into a folder."
 
-    def __init__(self, path, manifest):
-        self.path, self.manifest = Path(path), manifest
+    def __init__(
+        self,
+        path: str | Path,  # the folder
+        manifest: dict,  # all of it, so far
+    ):
+        self.path = Path(path)
+        self.manifest = manifest
 
-    def save_manifest(self):
+    def save_manifest(self) -> None:
+        "The manifest as it is now, to disk."
         write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1))
 
-    def add(self, tensors, texts, **more):  # as from `_shard_tensors`; list of Text; more for the manifest's entry
+    def add(
+        self,
+        tensors: dict[str, Tensor],  # as from `_shard_tensors`
+        texts: Sequence[Text],  # those of this shard
+        shares: Sequence[tuple[int, int] | None] = (),  # for each text, as for its line; none: no text shares anything
+        **more: Any,  # for the manifest's entry
+    ) -> None:
+        "One more shard, and the manifest with it."
         name, data = f"{len(self.manifest['shards']):05d}", to_safetensors(tensors)
-        lines = "".join(json.dumps({"text": t.text, "source": t.source}) + "\n" for t in texts).encode()
+        lines = "".join(map(_text_line, texts, shares or [None] * len(texts))).encode()
         write_atomic(self.path / f"{name}.jsonl", lines)
         write_atomic(self.path / f"{name}.safetensors", data)
         self.manifest["shards"].append(
@@ -77,7 +106,7 @@ class StoreWriter:
 class Rows:
     "What a store and a part of one have in common."
 
-    take_raw: Callable[..., tuple[Tensor, ...]]  # below, of both
+    take_raw: Callable[..., Sequence[Tensor]]  # below, of both
     rows: Any  # a table: where each row comes from
     texts: Any  # a table: the texts that rows refer to
     split: Callable[..., tuple["StorePart", "StorePart"]]  # below
@@ -106,6 +135,7 @@ class ActivationStore(Rows):
 
     shard: Callable[[int], dict]  # below
     _columns: Callable[[dict], dict]  # below
+    _lines: Callable[[], pd.DataFrame]  # below
     from_tensors: Callable[..., "ActivationStore"]  # below
 
     def __init__(self, path: str | Path):  # the folder
@@ -124,10 +154,12 @@ class ActivationStore(Rows):
         for s in self.manifest["shards"]:
             self._look(s)
 
-    def _file(self, s):
+    def _file(self, s: dict) -> Path:
+        "Where a shard is, given its entry in the manifest."
         return self.path / f"{s['name']}.safetensors"
 
-    def _look(self, s):  # is the shard there, and as long as it was?
+    def _look(self, s: dict) -> None:
+        "`BadInput` unless the shard is there, and as long as it was."
         f = self._file(s)
         found = f.stat().st_size if f.exists() else None
         if found == s["bytes"]:
@@ -141,7 +173,7 @@ class ActivationStore(Rows):
         return int(self._starts[-1])
 
     @cached_property
-    def dtypes(self):  # of each model's activations on disk
+    def dtypes(self) -> tuple[torch.dtype, ...]:
         "The precision that each model's activations are stored in."
         return tuple(
             DTYPES[self.shard(0)[str(m)][0]] if self.manifest["shards"] else torch.float32
@@ -152,14 +184,18 @@ class ActivationStore(Rows):
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32}
 
 
-def _header(file):  # of a safetensors file -> {name: (type, first byte)}
+def _header(
+    file: str | Path,  # a safetensors file
+) -> dict[str, tuple[str, int]]:  # {name: (type, first byte)}
+    "What a safetensors file holds, and where."
     with open(file, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(n))
     return {k: (t["dtype"], 8 + n + t["data_offsets"][0]) for k, t in header.items() if k != "__metadata__"}
 
 
-def _check_sum(file, found, expected):
+def _check_sum(file: str | Path, found: str, expected: str) -> None:
+    "`BadInput` if two checksums differ."
     if found != expected:
         sums = f"its checksum is {found[:12]}…, expected {expected[:12]}…"
         raise BadInput(f"shard {file} was altered: {sums}. Restore the file, or extract again")
@@ -180,15 +216,22 @@ def shard(
 
 # %% ../../nbs/data/23_store.ipynb #5c6bd931
 def _runs(
-    rows, starts
-):  # (n,) row numbers, first row of each shard -> per run: shard, first row in it, from, to (places in `rows`)
+    rows: np.ndarray,  # (n,) row numbers
+    starts: np.ndarray,  # first row of each shard
+) -> list[tuple[int, ...]]:  # per run: shard, first row in it, from, to (places in `rows`)
+    "Rows that lie together in a file, in the order of the files."
     shard = np.searchsorted(starts, rows, side="right") - 1
     first = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(shard, prepend=-1) != 0))
     runs = zip(shard[first], rows[first] - starts[shard[first]], first, np.append(first[1:], len(rows)))
-    return sorted(tuple(map(int, r)) for r in runs)  # in the order of the files
+    return sorted(tuple(map(int, r)) for r in runs)
 
 
-def _read_into(file, offset, out):  # fill `out`, an array of bytes
+def _read_into(
+    file: Any,  # open, without a buffer
+    offset: int,  # first byte
+    out: Any,  # (n,) or (rows, n) bytes to fill
+) -> None:
+    "Fill an array from a file; one that ends too soon raises `BadInput`."
     file.seek(offset)
     left = memoryview(out).cast("B")
     while len(left):
@@ -202,8 +245,8 @@ def _read_into(file, offset, out):  # fill `out`, an array of bytes
 def take_raw(
     self: ActivationStore,
     index: Tensor,  # (n,) row numbers in any order
-    out=None,  # tensors to read into, if not into new ones
-) -> tuple[Tensor, ...]:  # (n, d_m) of each model, in the precision they are stored in
+    out: Sequence[Tensor] | None = None,  # tensors to read into, if not into new ones
+) -> Sequence[Tensor]:  # (n, d_m) of each model, in the precision they are stored in
     "Any rows of every model, as they are on disk."
     rows, starts = index.numpy(), self._starts.numpy()
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
@@ -229,11 +272,13 @@ def take_raw(
 # %% ../../nbs/data/23_store.ipynb #b0fb8b7e
 @patch
 def _columns(
-    self: ActivationStore, s
-):  # a shard's entry in the manifest -> {name: (rows,) int32}, read without the activations
+    self: ActivationStore,
+    s: dict,  # a shard's entry in the manifest
+) -> dict[str, Any]:  # {name: (rows,) int32}
+    "Where the rows of a shard come from, read without the activations; `BadInput` if it was altered."
     f = self._file(s)
     try:
-        found = {
+        found: dict[str, Any] = {
             k: np.fromfile(f, np.int32, s["rows"], offset=start) for k, (_, start) in _header(f).items() if k in WHERE
         }
     except (ValueError, KeyError):
@@ -242,22 +287,10 @@ def _columns(
     return found
 
 
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
-def rows(self: ActivationStore) -> pd.DataFrame:  # columns text, position, start, end, source
-    "Where each row comes from: number of its text, position in it, its characters, and the text's source."
-    if "rows" not in self._open:
-        shards = [self._columns(s) for s in self.manifest["shards"]]
-        frame = pd.DataFrame({k: np.concatenate([s[k] for s in shards]) if shards else [] for k in WHERE})
-        self._open["rows"] = frame.assign(
-            source=pd.Categorical(self.texts.source.to_numpy()[frame.text.to_numpy(dtype=int)])
-        )
-    return self._open["rows"]
-
-
-@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
-def texts(self: ActivationStore) -> pd.DataFrame:  # columns text, source; the index is the text's number
-    "The texts that rows refer to."
-    if "texts" not in self._open:
+@patch
+def _lines(self: ActivationStore) -> pd.DataFrame:  # columns text, source, shares; a row a text
+    "What the files beside the shards say of each text; `BadInput` if one was altered."
+    if "lines" not in self._open:
         lines = []
         for s in self.manifest["shards"]:
             f = self.path / f"{s['name']}.jsonl"
@@ -267,11 +300,68 @@ def texts(self: ActivationStore) -> pd.DataFrame:  # columns text, source; the i
                     f"{f} with the texts of a shard is missing or was altered. Restore the file, or extract again"
                 )
             lines += [json.loads(line) for line in data.splitlines()]
-        self._open["texts"] = pd.DataFrame(lines, columns=["text", "source"])
-    return self._open["texts"]
+        self._open["lines"] = pd.DataFrame(lines, columns=["text", "source", "shares"])
+    return self._open["lines"]
+
+
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
+def texts(self: ActivationStore) -> pd.DataFrame:  # columns text, source; the index is the text's number
+    "The texts that rows refer to."
+    return self._lines()[["text", "source"]]
+
+# %% ../../nbs/data/23_store.ipynb #f2038b56
+def _links(
+    shares: Iterable[Any],  # [u, n] or nothing, for each text
+) -> tuple[np.ndarray, np.ndarray]:  # each (n_texts,) int64
+    "Which earlier text each text shares its beginning with (-1: none), and how many tokens."
+    pairs = [x if isinstance(x, (list, tuple)) else (-1, 0) for x in shares]
+    both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _n_texts(
+    text: np.ndarray,  # (rows,) number of each row's text
+    position: np.ndarray,  # (rows,) and its place in it
+    links: tuple[np.ndarray, np.ndarray],  # as from `_links`
+    chosen: np.ndarray,  # (n_texts,) bool
+) -> np.ndarray:  # (rows,)
+    "How many of the chosen texts have each row."
+    parent, shared = links
+    used = []  # a number for each use that a text makes of another's rows: which text, and rows before which position
+    at = np.flatnonzero(chosen & (parent >= 0))
+    at, limit = parent[at], shared[at]
+    while len(at):
+        used.append(at << 32 | limit)
+        on = parent[at] >= 0
+        at, limit = parent[at][on], np.minimum(limit, shared[at])[on]
+    keys = np.sort(np.concatenate([*used, np.zeros(0, np.int64)]))
+    row = text.astype(np.int64) << 32
+    more = np.searchsorted(keys, row + (1 << 32)) - np.searchsorted(keys, row | position, side="right")
+    return chosen[text] + more
+
+# %% ../../nbs/data/23_store.ipynb #4349aafe
+@patch(as_prop=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
+def rows(self: ActivationStore) -> pd.DataFrame:  # columns text, position, start, end, source, shared
+    "Where each row comes from: its (first) text, position, characters, source, and how many texts have this row."
+    if "rows" not in self._open:
+        shards = [self._columns(s) for s in self.manifest["shards"]]
+        frame = pd.DataFrame({k: np.concatenate([s[k] for s in shards]) if shards else [] for k in WHERE})
+        frame = frame.astype(np.int32)
+        text, position = (frame[k].to_numpy() for k in ("text", "position"))
+        lines = self._lines()
+        self._open["rows"] = frame.assign(
+            source=pd.Categorical(lines.source.to_numpy()[text]),
+            shared=_n_texts(text, position, _links(lines.shares), np.ones(len(lines), bool)),
+        )
+    return self._open["rows"]
 
 # %% ../../nbs/data/23_store.ipynb #1f3254ad
-def check_finite(x, where, model):  # BadInput that names the first bad row
+def check_finite(
+    x: Tensor,  # (rows, d)
+    where: Callable[[int], str],  # what to call a row
+    model: str,  # its name
+) -> None:
+    "`BadInput` that names the first row with a NaN or an Inf."
     bad = ~x.isfinite().all(1)
     if bad.any():
         raise BadInput(
@@ -282,9 +372,9 @@ def check_finite(x, where, model):  # BadInput that names the first bad row
 @patch(cls_method=True)  # pyright: ignore[reportOptionalCall]  # fastcore's stub
 def from_tensors(
     cls: ActivationStore,
-    path,  # folder to make; must not hold a store yet
-    tensors,  # raw activations of each model: (n, d_a), (n, d_b), …
-    sources=None,  # source of each row, by default all the same
+    path: str | Path,  # folder to make; must not hold a store yet
+    tensors: Sequence[Tensor],  # raw activations of each model: (n, d_a), (n, d_b), …
+    sources: Sequence[Any] | None = None,  # source of each row, by default all the same
     shard_rows: int = 16384,  # rows in a file
 ) -> ActivationStore:
     "Write raw activations as a store; NaN, Inf, unequal lengths or a store already there raise `BadInput`."
@@ -321,33 +411,73 @@ def from_tensors(
 class StorePart(Rows):
     "Some rows of a store; reads like one."
 
-    def __init__(self, store, index):
-        self.store, self.index, self.d_in = store, index, store.d_in
+    def __init__(
+        self,
+        store: Any,  # an `ActivationStore`
+        index: Tensor,  # (n,) row numbers
+        numbers: np.ndarray | None = None,  # of the texts it is made of; by default those that its rows refer to
+    ):
+        self.store = store
+        self.index = index
+        self.d_in = store.d_in
+        self._numbers = numbers
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
-    def take_raw(self, index, out=None):
+    def take_raw(self, index: Tensor, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        "Any rows of every model, as they are on disk."
         return self.store.take_raw(torch.from_numpy(self.index.numpy()[index.numpy()]), out)
 
     @property
-    def dtypes(self):
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        "The precision that each model's activations are stored in."
         return self.store.dtypes
 
     @cached_property
-    def rows(self):
+    def rows(self) -> pd.DataFrame:
+        "Where each row comes from, as of the store."
         return self.store.rows.iloc[self.index.numpy()].reset_index(drop=True)
 
     @property
-    def texts(self):
+    def texts(self) -> pd.DataFrame:
+        "All texts of the store."
         return self.store.texts
 
     @property
-    def manifest(self):
+    def manifest(self) -> dict:
+        "The store's."
         return self.store.manifest
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{len(self)} of the {len(self.store)} rows of {self.store!r}"
+
+# %% ../../nbs/data/23_store.ipynb #79e1c8ac
+def _numbers(
+    rows: Rows,  # a store or a part of one
+    links: tuple[np.ndarray, np.ndarray],  # as from `_links`
+) -> np.ndarray:
+    "Numbers of the texts that have rows, of their own or of an earlier text."
+    if isinstance(rows, StorePart) and rows._numbers is not None:
+        return rows._numbers
+    own = np.unique(rows.rows.text.to_numpy())
+    return own if isinstance(rows, StorePart) else np.union1d(own, np.flatnonzero(links[0] >= 0))
+
+
+def _test_numbers(
+    numbers: np.ndarray,  # of texts
+    texts: pd.DataFrame,  # of the store
+    test: float,  # share of the distinct ones
+    seed: int,
+) -> np.ndarray:
+    "Numbers of the texts that go into the test part; fewer than two distinct texts raise `BadInput`."
+    content = texts.text.to_numpy()[numbers]
+    key = pd.Series([_sha256(f"{seed} {c or n}".encode()) for c, n in zip(content, numbers)])
+    distinct = sorted(key.unique())
+    if len(distinct) < 2:
+        raise BadInput(f"a split by text needs at least 2 distinct texts, found {len(distinct)}")
+    n_test = min(max(1, round(test * len(distinct))), len(distinct) - 1)
+    return numbers[key.isin(distinct[:n_test])]
 
 # %% ../../nbs/data/23_store.ipynb #23674abc
 @patch
@@ -356,25 +486,26 @@ def split(
     test: float = 0.1,  # share of the distinct texts in the second part
     seed: int = 0,  # another seed, another split
 ) -> tuple[StorePart, StorePart]:  # training part, test part
-    "Two parts that share no text."
+    "Two parts that share no text and no beginning of one; raises `BadInput` where that leaves nothing to test on."
     if not 0 < test < 1:
         raise BadInput(f"test is {test}: expected a share between 0 and 1")
-    number = self.rows.text.to_numpy()
-    used = pd.Series(pd.unique(number))
-    content = self.texts.text.to_numpy()[used]
-    key = pd.Series([_sha256(f"{seed} {c or n}".encode()) for c, n in zip(content, used)])
-    distinct = sorted(key.unique())
-    if len(distinct) < 2:
-        raise BadInput(f"a split by text needs at least 2 distinct texts, found {len(distinct)}")
-    chosen = set(distinct[: min(max(1, round(test * len(distinct))), len(distinct) - 1)])
-    in_test = pd.Series(number).isin(used[key.isin(chosen)])
-    store, index = (self.store, self.index) if isinstance(self, StorePart) else (self, torch.arange(len(self)))
-    part = lambda side: StorePart(store, index[torch.tensor(side.to_numpy())])
-    return part(~in_test), part(in_test)
+    store: Any = self.store if isinstance(self, StorePart) else self
+    index = self.index if isinstance(self, StorePart) else torch.arange(len(self))
+    links = _links(store._lines().shares)
+    numbers = _numbers(self, links)
+    in_test = _test_numbers(numbers, self.texts, test, seed)
+    training = np.setdiff1d(numbers, in_test)
+    chosen = np.isin(np.arange(len(self.texts)), training)
+    text, position = (self.rows[k].to_numpy() for k in ("text", "position"))
+    seen = torch.from_numpy(_n_texts(text, position, links, chosen) > 0)
+    if seen.all():
+        found = f"all rows of the {len(in_test)} test texts stand in training texts too"
+        raise BadInput(f"{found}, so nothing is left to test on. Give more texts, a larger `test`, or another seed")
+    return StorePart(store, index[seen], training), StorePart(store, index[~seen], in_test)
 
 # %% ../../nbs/data/23_store.ipynb #0cfa23c9
 @patch
-def __repr__(self: ActivationStore):
+def __repr__(self: ActivationStore) -> str:
     "Rows, widths, layer and models."
     s = self.manifest["settings"]
     state = "" if self.manifest["complete"] else ", not finished"
@@ -384,7 +515,7 @@ def __repr__(self: ActivationStore):
 
 
 @patch
-def _repr_html_(self: ActivationStore):
+def _repr_html_(self: ActivationStore) -> str:
     "The same, with everything that was counted."
     cells = "".join(
         f"<tr><td>{escape(str(k))}</td><td style='text-align:right'>{v:,}</td></tr>"
