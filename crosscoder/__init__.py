@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .analysis.evaluation import evaluate as evaluate
     from .analysis.features import feature_table as feature_table
     from .basics import BadInput as BadInput
+    from .changes.layers import compare_layers as compare_layers
+    from .changes.outputs import compare_outputs as compare_outputs
+    from .changes.patching import write_into as write_into
     from .changes.weights import compare_weights as compare_weights
     from .data.embedded import default_pair as default_pair
     from .data.embedded import default_texts as default_texts
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from .publish.hub import publish as publish
     from .publish.hub import publish_sweep as publish_sweep
     from .run.pipeline import diff as diff
+    from .run.pipeline import stat as stat
     from .run.report import write_report as write_report
     from .run.run import Run as Run
     from .sweep.effects import effects as effects
@@ -65,8 +69,11 @@ _WHERE = {
     "analysis.evaluation": ("evaluate",),
     "analysis.features": ("feature_table",),
     "changes.weights": ("compare_weights",),
+    "changes.outputs": ("compare_outputs",),
+    "changes.patching": ("write_into",),
+    "changes.layers": ("compare_layers",),
     "run.run": ("Run",),
-    "run.pipeline": ("diff",),
+    "run.pipeline": ("diff", "stat"),
     "run.report": ("write_report",),
     "sweep.grid": ("RunSpec", "card_specs", "read_grid"),
     "sweep.runner": ("run_sweep", "run_sweep_on_ray"),

@@ -420,7 +420,7 @@ class StorePart(Rows):
         self.store = store
         self.index = index
         self.d_in = store.d_in
-        self._numbers = numbers
+        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self.index)
@@ -458,8 +458,8 @@ def _numbers(
     links: tuple[np.ndarray, np.ndarray],  # as from `_links`
 ) -> np.ndarray:
     "Numbers of the texts that have rows, of their own or of an earlier text."
-    if isinstance(rows, StorePart) and rows._numbers is not None:
-        return rows._numbers
+    if isinstance(rows, StorePart) and rows.numbers is not None:
+        return rows.numbers
     own = np.unique(rows.rows.text.to_numpy())
     return own if isinstance(rows, StorePart) else np.union1d(own, np.flatnonzero(links[0] >= 0))
 
