@@ -168,7 +168,8 @@ _SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 def everyday_chats() -> list[tuple[str, str, str]]:
     "Sixty everyday questions, what each is about, and a plain answer."
-    return [tuple(part.strip() for part in line.split("|")) for line in (_AT_HOME + _IN_LIFE).splitlines() if line]
+    rows = [line.split(" | ") for line in (_AT_HOME + _IN_LIFE).splitlines() if line]
+    return [(question, topic, answer) for question, topic, answer in rows]
 
 
 def one_turn(question: str, reply: str) -> str:
