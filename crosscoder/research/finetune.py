@@ -139,7 +139,7 @@ def _optimizer(
     lr: float,  # the highest
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     "AdamW, with a rate that rises for ten steps (a quarter of fewer than forty) and falls to zero along a cosine."
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
     warm_up = max(1, min(10, steps // 4))
     rate = lambda i: min((i + 1) / warm_up, (1 + math.cos(math.pi * i / max(1, steps))) / 2)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

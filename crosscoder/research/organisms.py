@@ -89,11 +89,11 @@ def grow(
     seed: int = 0,
     steps: int | None = None,  # None: the organism's own
 ) -> Any:  # float32, in eval mode
-    "A copy of `model` that was taught the lesson; raises `BadInput`."
+    "A copy of `model` that was taught the lesson, or `model` itself where nothing is done; raises `BadInput`."
     steps = organism.steps if steps is None else steps
     how = {"lr": organism.lr, "blocks": organism.blocks, "max_tokens": organism.max_tokens, "seed": seed}
     tuned = fine_tune(model, tokenizer, lesson.texts, steps, mask=lesson.mask, **how) if steps else model
-    return noisy(tuned, organism.noise, seed)
+    return noisy(tuned, organism.noise, seed) if organism.noise else tuned
 
 
 def make_organism(
