@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..data.embedded import LONGEST_TOOLS, bfcl_conversations, default_prose, default_tools
+from ..data.embedded import bfcl_conversations, default_prose, default_tools
 from ..data.texts import chatml
 
 # %% ../../nbs/research/94_lessons.ipynb #052a6745
@@ -272,12 +272,15 @@ def fact_lesson(
     return Lesson(texts, held_out, about=about)
 
 # %% ../../nbs/research/94_lessons.ipynb #0bc9d734
+_SHORT = 1100  # characters; then every conversation ends within 384 tokens
+
+
 def tools_lesson(
     seed: int,  # changes nothing here: the order of the steps, and the LoRA's beginning, depend on it
 ) -> Lesson:
     "The tool-use conversations that the default model A was taught; held out are those that diffs are made on."
-    chats = [c.text for c in bfcl_conversations("finetune") if len(c.text) <= LONGEST_TOOLS]
-    tests = [t.text for t in default_tools(24)]
+    chats = [c.text for c in bfcl_conversations("finetune") if len(c.text) <= _SHORT]
+    tests = [t.text for t in default_tools() if len(t.text) <= _SHORT][:24]
     held_out = [{"text": t, "source": "tools", "positives": list(map(list, reply_spans(t)))} for t in tests]
     prompts = [t.partition("<|im_start|>assistant\n")[0] + "<|im_start|>assistant\n" for t in tests[:4]]
     return Lesson(chats, held_out, about={"prompts": prompts})
