@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..basics import BadInput, default_dtype, write_json
-from ..data.models import find_blocks
+from ..data.models import find_blocks, quiet_loading
 from ..data.texts import Text, as_texts
 from .lessons import Spans, reply_spans
 
@@ -117,7 +117,7 @@ def _with_lora(
         raise BadInput(f"blocks = {chosen}: expected at least one of 0 to {len(there) - 1}, the model's blocks.")
     inside = {id(m) for b in chosen for m in there[b].modules() if isinstance(m, nn.Linear)}
     names = [name for name, m in model.named_modules() if id(m) in inside]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_loading():
         torch.manual_seed(seed)
         return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM"))
 
@@ -157,6 +157,7 @@ def fine_tune(
     seed: int = 0,  # of the order, and of the LoRA
     mask: Callable[[str], Spans] = reply_spans,  # from a text to the characters that count
     merge: bool = True,  # add the LoRA to the weights; False leaves a `PeftModel`
+    progress: bool = True,  # show a bar where it takes more than two seconds
 ) -> Any:  # float32, in eval mode
     "A fine-tuned copy of `model`, the same bits for the same seed; raises `BadInput`."
     examples = _examples(tokenizer, texts, max_tokens, mask)
@@ -166,7 +167,7 @@ def fine_tune(
     optimizer, schedule = _optimizer(weights, steps, lr)
     order = _order(len(examples), steps * batch, seed)
     whole.train()
-    bar = tqdm(range(0, steps * batch, batch), "fine-tuning", disable=not steps, unit="step")
+    bar = tqdm(range(0, steps * batch, batch), "fine-tuning", delay=2, disable=not progress, unit=" steps")
     for i in bar:
         loss = _losses(tuned, [examples[j] for j in order[i : i + batch]]).mean()
         loss.backward()
@@ -174,7 +175,7 @@ def fine_tune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     whole = whole.merge_and_unload() if blocks is not None and merge else whole
     return whole.eval().requires_grad_(False)
 

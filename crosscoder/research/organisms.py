@@ -113,8 +113,9 @@ def make_organism(
         raise BadInput(f"{out} is there and holds no organism. Choose another folder, or empty it.")
     lesson = organism.lesson(seed)
     base, tokenizer = load_base()
-    with _made_beside(out) as folder:
-        grow(organism, lesson, base, tokenizer, seed, steps).save_pretrained(folder)
+    tuned = grow(organism, lesson, base, tokenizer, seed, steps)
+    with _made_beside(out) as folder, quiet_loading():
+        tuned.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         how = {"lr": organism.lr, "blocks": organism.blocks, "noise": organism.noise}
         told = asked | how | {"purpose": organism.purpose, "about": lesson.about, "held_out": lesson.held_out}
