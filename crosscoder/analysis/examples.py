@@ -90,9 +90,9 @@ def _activations(
 
 def _near(store, example: dict, width: int) -> np.ndarray:  # row numbers
     "The rows of an example's text that are within its window."
-    number, start, end = (store.rows[c].to_numpy() for c in ("text", "start", "end"))
+    start, end = (store.rows[c].to_numpy() for c in ("start", "end"))
     row = example["row"]
-    rows = np.arange(*np.searchsorted(number, [example["text"], example["text"] + 1]))  # a text's rows lie together
+    rows = store.rows_of(example["text"])
     inside = (end[rows] > start[row] - width) & (start[rows] < end[row] + width)
     return rows[inside | (rows == row)]
 

@@ -305,7 +305,8 @@ def _pass(
 ) -> list[_Part]:  # of each text in the batch
     "One batch through both models."
     members, ids, wanted = batch
-    out = [_to_host(x, wanted) for x in pair.activations(ids, None, layer, past)]
+    before = (past,) if any(p is not None for p in past) else ()
+    out = [_to_host(x, wanted) for x in pair.activations(ids, None, layer, *before)]
     parts, stop = [], 0
     for i in members:
         start, stop = stop, stop + len(kept[i].wanted)

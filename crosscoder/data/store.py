@@ -136,6 +136,7 @@ class ActivationStore(Rows):
     shard: Callable[[int], dict]  # below
     _columns: Callable[[dict], dict]  # below
     _lines: Callable[[], pd.DataFrame]  # below
+    rows_of: Callable[[int], np.ndarray]  # below
     from_tensors: Callable[..., "ActivationStore"]  # below
 
     def __init__(self, path: str | Path):  # the folder
@@ -354,6 +355,24 @@ def rows(self: ActivationStore) -> pd.DataFrame:  # columns text, position, star
             shared=_n_texts(text, position, _links(lines.shares), np.ones(len(lines), bool)),
         )
     return self._open["rows"]
+
+# %% ../../nbs/data/23_store.ipynb #30818dd4
+@patch
+def rows_of(
+    self: ActivationStore,
+    number: int,  # of a text
+) -> np.ndarray:  # row numbers, in the order of the text
+    "The rows of a text, those that an earlier text has first."
+    text, position = (self.rows[k].to_numpy() for k in ("text", "position"))
+    parent, shared = _links(self._lines().shares)
+    found: list[np.ndarray] = []
+    limit = np.iinfo(np.int32).max
+    while number >= 0:
+        own = np.arange(*np.searchsorted(text, [number, number + 1]))
+        found.insert(0, own[position[own] < limit])
+        limit = min(limit, int(shared[number]))
+        number = int(parent[number])
+    return np.concatenate(found)
 
 # %% ../../nbs/data/23_store.ipynb #1f3254ad
 def check_finite(
