@@ -133,15 +133,26 @@ def _said(out: Outputs) -> list[str]:
     return sentences
 
 
+def _before(c: dict) -> str:
+    "The words before the place of a context, from the beginning of one."
+    pieces = [t["text"] for t in c["tokens"]]
+    here = next(i for i, t in enumerate(c["tokens"]) if t["here"])
+    start = max(0, here - 12)
+    while start > 0 and not pieces[start].startswith((" ", "\n", "<")):
+        start -= 1
+    return printable("".join(pieces[start:here]).strip(" "))
+
+
 def _where(contexts: list[dict], n: int = 4) -> list[str]:
-    "The places where they part most."
-    parts = []
-    for c in contexts[:n]:
-        here = next(i for i, t in enumerate(c["tokens"]) if t["here"])
-        words = printable("".join(t["text"] for t in c["tokens"][max(0, here - 12) : here]))
-        a, b = c["tokens"][here]["choice"] or ("the same", "the same")
-        parts.append(f"after “…{words}” A goes on with {_token(a)} where B would with {_token(b)}")
-    return [f"They part most where {'; '.join(parts)}."] if parts else []
+    "The places where they part most; of those that end alike, one."
+    parts: dict[str, str] = {}
+    for c in contexts:
+        words = _before(c)
+        here = next(t for t in c["tokens"] if t["here"])
+        a, b = here["choice"] or ("the same", "the same")
+        said = f"after “…{words}” A goes on with {_token(a)} where B would with {_token(b)}"
+        parts.setdefault(words[-10:], said)
+    return [f"They part most {'; '.join(list(parts.values())[:n])}."] if parts else []
 
 # %% ../../nbs/run/60_findings.ipynb #91c40e16
 def _spans(numbers: list[int]) -> str:

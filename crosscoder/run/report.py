@@ -302,7 +302,7 @@ def _looked_at(table):  # one sentence on the rows behind the table
     )
 
 # %% ../../nbs/run/62_report.ipynb #8b403ea7
-SHOW_CHOICES_FROM = 0.5  # nats: below, the two choices are in the token's title only
+SHOW_CHOICES_FROM = 1.0  # nats: below, the two choices are in the token's title only
 
 
 def _context(c: dict) -> dict:  # what the template shows of a context
