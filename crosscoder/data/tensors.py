@@ -112,7 +112,12 @@ def _from_module(
     adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
     copied = {name: m for name, m in model.named_modules() if hasattr(m, "original_module")}
     tensors = {}
+    made_up = set()  # a head that its files did not have
+    if getattr(model, "headless", False):
+        made_up = {id(p) for p in model.get_output_embeddings().parameters()}
     for name, p in model.named_parameters():
+        if id(p) in made_up:
+            continue
         plain, layer = _plain_name(name, adapted, copied)
         if plain:
             added = _lora_part(layer, adapted[layer]) if layer else None
