@@ -9,7 +9,7 @@ __all__ = ['openings', 'compare_samples', 'sample_lines']
 import copy
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,13 +48,14 @@ def openings(
     by_source: dict[str, list[str]] = {}
     for t in as_texts(texts):
         by_source.setdefault(t.source, []).append(t.text)
-    found = _distinct(by_source, n, lambda text: _opening(text, tokenizer, reply_marks(tokenizer), tokens))
+    marks = reply_marks(tokenizer)
+    found = _distinct(by_source, n, lambda text: _opening(text, tokenizer, marks, tokens))
     if not found:
         raise BadInput("No text has an opening to go on from: all are empty, or there are none. Give some texts.")
     return sorted(found, key=lambda t: list(by_source).index(t.source))
 
 # %% ../../nbs/changes/49_samples.ipynb #8ed2496a
-def _distinct(by_source: dict[str, list[str]], n: int, cut: Any) -> list[Text]:
+def _distinct(by_source: dict[str, list[str]], n: int, cut: Callable[[str], str]) -> list[Text]:
     "Openings of texts by source, each once; `cut` makes a text's opening."
     seen = {""}
 
@@ -80,7 +81,7 @@ def _distinct(by_source: dict[str, list[str]], n: int, cut: Any) -> list[Text]:
 
 # %% ../../nbs/changes/49_samples.ipynb #d2450c03
 class _Reader:
-    "A model in the middle of some texts."
+    "A model in the middle of some texts; without a cache, it reads all of them again each time."
 
     def __init__(self, model: Any, name: str, width: int):  # how many tokens of the vocabulary count
         self.name = name
@@ -89,7 +90,7 @@ class _Reader:
         self.known = inspect.signature(self.model.forward).parameters
         self.width = width
         self.ids = self.mask = torch.zeros(0)
-        self.past: Any = None  # the model's own kind of cache
+        self.past: Any = None  # a cache of the model's own kind
 
     def read(
         self,
@@ -109,7 +110,7 @@ class _Reader:
         if "logits_to_keep" in self.known:
             inputs["logits_to_keep"] = 1
         out = self.model(**inputs)
-        self.past = next((v for v in out.values() if hasattr(v, "get_seq_length")), None)
+        self.past = _keys_and_values(out)
         z = out.logits[:, -1, : self.width].float()
         if not z.logsumexp(1).isfinite().all():
             raise BadInput(f"model {self.name} gave NaN in a sample. Load it in another precision (bf16, fp32)")
@@ -120,6 +121,15 @@ class _Reader:
         other = copy.copy(self)
         other.past = copy.deepcopy(self.past)
         return other
+
+
+def _keys_and_values(output: Any) -> Any:
+    "The cache in a model's output; None for states without keys, whose models each want to be called in their own way."
+    cache = next((v for v in output.values() if hasattr(v, "get_seq_length")), None)
+    try:
+        return cache if cache is not None and cache.get_seq_length() > 0 else None
+    except ValueError:  # there is no layer with keys
+        return None
 
 # %% ../../nbs/changes/49_samples.ipynb #63480601
 def _noise(seed: int, row: int) -> torch.Generator:
@@ -270,18 +280,19 @@ def compare_samples(
 # %% ../../nbs/changes/49_samples.ipynb #4225f628
 def sample_lines(
     table: pd.DataFrame,  # from `compare_samples`
-    width: int = 100,  # characters of a line
+    width: int = 100,  # characters of a line, at least 20
 ) -> list[str]:
     "The samples as lines of printable text."
+    width = max(width, 20)
     lines = []
     for row in table.to_dict("records"):
         opening = printable(row["opening"])
-        cut = opening if len(opening) <= width - 2 else "…" + opening[3 - width :]
         costs = f"A {row['ce_a']:.2f}, B {row['ce_b']:.2f}"
         lines.append(f"{printable(row['source'])}: surprise {row['surprise']:+.2f} nats a token ({costs})")
-        lines.append(f"  {cut}")
+        lines.append("  " + (opening if len(opening) <= width - 2 else "…" + opening[3 - width :]))
         for name in "ab":
-            said = printable(row[name]) or "(nothing: it ends here)"
-            how = {"initial_indent": f"  {name.upper()}  ", "subsequent_indent": "     "}
-            lines += textwrap.wrap(said, width, **how, break_on_hyphens=False)
+            said = printable(row[name])
+            said = said if said.strip() else "(nothing)"
+            first = f"  {name.upper()}  "
+            lines += textwrap.wrap(said, width, initial_indent=first, subsequent_indent="     ", break_on_hyphens=False)
     return lines
