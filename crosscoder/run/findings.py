@@ -20,6 +20,7 @@ import pandas as pd
 from ..basics import BadInput, evenly_spaced, printable, read_json, write_atomic, write_json
 from ..changes.layers import CLOSES_ENOUGH, compare_layers
 from ..changes.outputs import Outputs, compare_outputs, parting_contexts, source_table
+from ..changes.samples import compare_samples, sample_lines
 from ..changes.weights import compare_weights, moved_tokens, weight_lines
 from ..data.models import ModelPair
 from ..data.texts import Text, as_texts
@@ -36,6 +37,7 @@ class Findings:
     outputs: Outputs | None = None  # from `compare_outputs`
     contexts: list[dict] = field(default_factory=list)  # from `parting_contexts`
     layers: pd.DataFrame | None = None  # from `compare_layers`
+    samples: pd.DataFrame | None = None  # from `compare_samples`, where they were asked for
     notes: list[str] = field(default_factory=list)  # what could not be compared, and why
 
 
@@ -58,6 +60,8 @@ def find_changes(
     each: int = 24,  # texts of a source for the predictions
     each_layers: int = 4,  # texts of a source for the layers
     max_tokens: int = 512,  # of a text
+    samples: int = 0,  # openings that both models go on from
+    amplify: float = 0.0,  # of A's: its logits and this many times their difference from B's
     progress: bool = True,
 ) -> Findings:
     "Weights, predictions and layers; what one pair cannot give is left out, with a note that says why."
@@ -71,6 +75,8 @@ def find_changes(
     try:
         found.outputs = compare_outputs(pair, chosen, max_tokens, progress=progress)
         found.contexts = parting_contexts(found.outputs, chosen, 12)
+        if samples:
+            found.samples = compare_samples(pair, chosen, samples, amplify=amplify, progress=progress)
     except BadInput as e:
         if "has no unembedding" not in str(e):
             raise
@@ -335,10 +341,12 @@ def stat_lines(found: Findings) -> list[str]:
             kl = f"{r.kl:6.3f} ({r.kl_low:.3f} to {r.kl_high:.3f})"
             forgot = f"{r.forgetting:+.3f} ({r.forgetting_low:+.3f} to {r.forgetting_high:+.3f})"
             lines.append(f"{printable(r.source):10} | {kl} | {forgot} | {r.tokens:,} tokens of {r.texts} texts")
+    if found.samples is not None:
+        lines += ["", "samples: how A and B go on, what surprises B most first", *sample_lines(found.samples)]
     return lines
 
 # %% ../../nbs/run/60_findings.ipynb #68f76e15
-FRAMES = ("weights", "moved", "layers")
+FRAMES = ("weights", "moved", "layers", "samples")
 
 
 def write_findings(

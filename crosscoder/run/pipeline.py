@@ -93,6 +93,8 @@ class ChangesConfig:
 
     output_texts: int = 24  # held-out texts of each source whose predictions are compared
     layer_texts: int = 4  # of those, for the comparison of the layers
+    samples: int = 0  # openings that both models go on from, side by side
+    amplify: float = 0.0  # of A's samples: its logits and this many times their difference from B's
 
 # %% ../../nbs/run/63_pipeline.ipynb #p0000007
 @dataclass
@@ -161,6 +163,8 @@ def check_settings(
     for name in ("output_texts", "layer_texts"):
         if settings[name] < 1:
             raise BadInput(f"{name} is {settings[name]}: expected at least 1")
+    if min(settings["samples"], settings["amplify"]) < 0:
+        raise BadInput(f"samples is {settings['samples']} and amplify {settings['amplify']}: expected at least 0")
     if (settings["differences"] or 0) < 0:
         found = settings["differences"]
         raise BadInput(f"differences is {found}: expected a number of candidates, or 0 for none")
@@ -252,7 +256,8 @@ def changes_stage(
         store = ActivationStore(Path(out) / ACTIVATIONS_FOLDER)
         held_out = store.texts.iloc[store.split(split.test, split.split_seed)[1].numbers]
         texts = [Text(t.text, t.source) for t in held_out.itertuples()]
-        found = find_changes(pair, texts, c.output_texts, c.layer_texts, settings["max_tokens"])
+        sampled = {"samples": c.samples, "amplify": c.amplify}
+        found = find_changes(pair, texts, c.output_texts, c.layer_texts, settings["max_tokens"], **sampled)
         write_findings(out, found)
     print("\n".join(f"  {s}" for s in sentences(found)))
     return found
@@ -273,7 +278,8 @@ def stat(
     check_settings(s)
     pair, _ = load_pair(make(PairConfig, s))
     texts = load_mix(make(TextConfig, s), pair.tokenizer)
-    return find_changes(pair, texts, STAT_TEXTS, STAT_LAYER_TEXTS, s["max_tokens"], progress)
+    sampled = {"samples": s["samples"], "amplify": s["amplify"], "progress": progress}
+    return find_changes(pair, texts, STAT_TEXTS, STAT_LAYER_TEXTS, s["max_tokens"], **sampled)
 
 # %% ../../nbs/run/63_pipeline.ipynb #p0000020
 def prepare(

@@ -364,6 +364,7 @@ def _changes(found: Findings | None, layer: int | None) -> dict | None:  # what 
         "contexts": [_context(c) for c in found.contexts],
         "sources": sources,
         "vocabulary": vocabulary,
+        "samples": [] if found.samples is None else found.samples.to_dict("records"),
         "figures": [{"data": _svg(fig), "alt": alt, "caption": caption} for fig, alt, caption in figures],
         "counts": [(k, f"{v:,}") for k, v in (found.outputs.counts if found.outputs else {}).items()],
     }
