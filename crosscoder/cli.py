@@ -28,19 +28,11 @@ from .basics import BadInput
 from .folder import REPORT
 from .run.findings import Findings, failed_gates, numbers, parse_gate, sentences, stat_lines
 from crosscoder.run.pipeline import (
-    PRESETS,
-    ChangesConfig,
-    ExtractConfig,
-    PairConfig,
-    RepeatConfig,
-    SplitConfig,
-    TextConfig,
     diff,
     evaluate_stage,
     extract_stage,
     features_stage,
     report_stage,
-    resolve,
     stat,
     summary,
     timed,
@@ -48,7 +40,16 @@ from crosscoder.run.pipeline import (
     training_device,
 )
 from .run.run import Run
-from .sweep.grid import RunSpec, card_specs, check_specs, read_grid
+from crosscoder.run.settings import (
+    ChangesConfig,
+    ExtractConfig,
+    PairConfig,
+    RepeatConfig,
+    SplitConfig,
+    TextConfig,
+    resolve,
+)
+from .sweep.grid import RunSpec, asked_specs, card_specs, check_specs, settings_of
 from .sweep.overviews import write_overviews
 from .sweep.runner import on_all_nodes, run_sweep, run_sweep_on_ray, serve_agent, track
 from .training.config import CARD_PROJECT, ModelConfig, TrainConfig
@@ -258,43 +259,6 @@ def report_command(given: dict, out: Out = RUN) -> None:
 # %% ../nbs/80_cli.ipynb #ea2e0ba4
 SWEEP = Path("runs/sweep")
 
-
-def _axis(text: str) -> tuple[str, list[str]]:
-    "`k=16 32` is the setting `k` and its values; what is not of that form raises `BadInput`."
-    name, _, values = text.partition("=")
-    if not (name and values.split()):
-        raise BadInput(f'axis {text!r}: expected a setting and its values, as in --axis "k=16 32 64"')
-    return name.strip().replace("-", "_"), values.split()
-
-
-def _check_grid(grid: Path | None, preset: str, scale: float, axes: list[str] | None) -> None:
-    "`BadInput` unless exactly one grid is asked for."
-    if preset not in PRESETS:
-        raise BadInput(f"preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
-    ways = {"a YAML file": grid, "axes": axes, "--preset card": preset == "card"}
-    asked = [way for way, is_so in ways.items() if is_so]
-    if len(asked) != 1:
-        found = " and ".join(asked) or "none"
-        raise BadInput(f'a sweep needs one grid: a YAML file, --axis "k=16 32" or --preset card; found {found}')
-    if scale != 1 and preset != "card":
-        raise BadInput("scale makes the card's sweep smaller: it goes with --preset card")
-
-
-def _specs(grid: Path | None, preset: str, scale: float, axes: list[str] | None, given: dict) -> list[RunSpec]:
-    "The runs that are asked for; raises `BadInput`."
-    _check_grid(grid, preset, scale, axes)
-    found = [_axis(a) for a in axes or []]
-    names = [name for name, _ in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise BadInput(f'the axis {twice[0]} is given twice: put all its values into one, as in --axis "k=16 32 64"')
-    specs = card_specs(scale) if preset == "card" else read_grid(grid or {"axes": dict(found)})
-    return [spec.replace(**_settings(spec, given)) for spec in specs]
-
-
-def _settings(spec: RunSpec, given: dict) -> dict:
-    "The options that are settings of a run."
-    return {key: value for key, value in given.items() if key in spec.settings and value is not None}
-
 # %% ../nbs/80_cli.ipynb #c39c2861
 _sweeping = partial(_own, panel="The sweep.")
 _clustered = partial(_own, panel="Clusters.")
@@ -380,7 +344,7 @@ def sweep_command(
     if preset == "card":
         s["project"] = project or CARD_PROJECT
     has_grid = bool(grid or axis or preset == "card")
-    specs = _specs(grid, preset, scale, axis, given) if has_grid or not wandb_agent else []
+    specs = asked_specs(grid, preset, scale, axis, given) if has_grid or not wandb_agent else []
     if specs or not wandb_agent:
         check_specs(specs)
     _check_cluster(ray, cpus, gpus, runs, wandb_agent, given.get("device"))
@@ -433,7 +397,7 @@ def _base(preset: str, scale: float, given: dict) -> RunSpec:
     "What a trial of a W&B sweep starts from."
     card = preset == "card"
     spec = next(c for c in card_specs(scale) if c.name == "cc-D16k-k90") if card else RunSpec("trial")
-    return spec.replace(**_settings(spec, given))
+    return spec.replace(**settings_of(spec, given))
 
 # %% ../nbs/80_cli.ipynb #ece3976d
 _RunArgument = typer.Argument(
