@@ -34,6 +34,7 @@ class Compared(NamedTuple):
     d: Tensor  # (n, vocabulary) log p_a - log p_b
     kl: Tensor  # (n,) nats, of A against B
     kl_ba: Tensor  # (n,) nats, of B against A
+    terms: Tensor  # (n, vocabulary) nats, what each token adds to kl; none is negative
 
 
 SERIES_BELOW = 0.3  # the next term of the series is 1e-6 of the first there
@@ -52,13 +53,13 @@ def compare_logits(
     even = square * (1 / 2 + square * (1 / 24 + square / 720))
     odd = square * d * (1 / 6 + square / 120)
     small = square < SERIES_BELOW**2
-    kl = torch.where(small, p_a * (even - odd), p_a * (d - 1) + p_b).sum(1)
+    terms = torch.where(small, p_a * (even - odd), p_a * (d - 1) + p_b)
     kl_ba = torch.where(small, p_b * (even + odd), p_a - p_b * (d + 1)).sum(1)
-    return Compared(p_a, p_b, d, kl, kl_ba)
+    return Compared(p_a, p_b, d, terms.sum(1), kl_ba, terms)
 
 # %% ../../nbs/changes/46_outputs.ipynb #598fd935
 KINDS = ("all", "reply", "first")
-MEASURES = ("gained", "up", "down")
+MEASURES = ("gained", "up", "down", "nats")
 AMONG = 100  # largest and smallest log ratios at a place
 
 
@@ -82,7 +83,7 @@ class _Sums:
         self.nn += n.square()
         self.texts += n > 0
         for k, half in enumerate(which.tolist()):
-            self.half[half, k] += s[0, k]
+            self.half[half, k] += s[-1, k]
             self.half_n[half, k] += n[k]
 
     def means(self) -> tuple[Tensor, Tensor]:  # (measures, kinds, vocabulary) each
@@ -95,9 +96,11 @@ class _Sums:
         return mean, torch.where(texts > 1, half, torch.nan)
 
     def null(self) -> Tensor:  # (kinds,)
-        "The largest half difference between two halves of the texts; nan for fewer than four."
+        "The largest half difference between two halves of the texts, in half widths of the token's own interval."
         a, b = self.half / self.half_n[:, :, None].clamp(min=1)
-        return torch.where(self.texts > 3, (a - b).abs().amax(1) / 2, torch.nan)
+        own = self.means()[1][-1]
+        largest = ((a - b).abs() / 2 / own).nan_to_num(0, 0, 0).amax(1)
+        return torch.where(self.texts > 3, largest, torch.nan)
 
 # %% ../../nbs/changes/46_outputs.ipynb #0a718f70
 def _membership(kinds: list[str]) -> Tensor:  # (kinds, places)
@@ -106,10 +109,11 @@ def _membership(kinds: list[str]) -> Tensor:  # (kinds, places)
 
 
 def _mine(c: Compared, member: Tensor) -> Tensor:  # (measures, kinds, vocabulary)
-    "Sums over some places: of p_a - p_b, and of being among the largest and the smallest log ratios."
+    "Sums over some places: of p_a - p_b, of being among the largest and smallest log ratios, of the KL's terms."
     member = member.to(c.d.device)
     out = torch.zeros(len(MEASURES), len(KINDS), c.d.shape[1], device=c.d.device)
     out[0] = member @ (c.p_a - c.p_b)
+    out[3] = member @ (c.terms * c.d.sign())
     for i, sign in ((1, 1), (2, -1)):
         top = (sign * c.d).topk(min(AMONG, c.d.shape[1]), dim=1)
         weight = member[:, :, None] * (top.values > 0)
@@ -212,12 +216,12 @@ class Outputs:
         more: bool = True,  # or less
         n: int = 10,
     ) -> pd.DataFrame:  # rows of `vocabulary`, the largest gain (or loss) first
-        "Tokens that A says more (or less) than B, of those that pass the null of two halves of the texts."
+        "Tokens that A says more (or less) than B, most nats first, of those that pass the null of two halves."
         v = self.vocabulary
         v = v[(v.source == source) & (v.kind == kind)]
         sign = 1 if more else -1
-        surely = (sign * v.gained > v.null) & ((v.gained_low > 0) if more else (v.gained_high < 0))
-        return v[surely].sort_values("gained", ascending=not more, kind="stable").head(n)
+        surely = sign * v.nats > v.null.clip(lower=1) * (v.nats - v.nats_low)
+        return v[surely].sort_values("nats", ascending=not more, kind="stable").head(n)
 
     def __repr__(self) -> str:
         kl = ", ".join(f"{r.source} {r.kl:.3g}" for r in self.sources.itertuples())
@@ -230,6 +234,9 @@ class Outputs:
         return f"<p>{escape(repr(self))}</p>{shown.round(4).to_html(index=False)}"
 
 # %% ../../nbs/changes/46_outputs.ipynb #29a64357
+_RANKS = ((0, 1), (0, -1), (1, 1), (2, 1), (3, 1), (3, -1))  # by which measures, and which way, tokens are kept
+
+
 def _vocabulary(sums: dict[str, _Sums], tokenizer: Any, keep: int) -> pd.DataFrame:
     "The most changed tokens of each source and kind."
     rows = []
@@ -239,7 +246,7 @@ def _vocabulary(sums: dict[str, _Sums], tokenizer: Any, keep: int) -> pd.DataFra
         for k, kind in enumerate(KINDS):
             if some.n[k] == 0:
                 continue
-            ranked = [(1 if m else sign) * mean[m, k] for m, sign in ((0, 1), (0, -1), (1, 1), (2, 1))]
+            ranked = [(1 if m else sign) * mean[m, k] for m, sign in _RANKS]
             ids = torch.cat([r.topk(min(keep, len(r))).indices for r in ranked]).unique()
             ids = ids[mean[:, k, ids].abs().sum(0) > 0]
             columns: dict[str, Any] = {"id": ids.numpy(), "source": source, "kind": kind, "positions": int(some.n[k])}
@@ -247,6 +254,7 @@ def _vocabulary(sums: dict[str, _Sums], tokenizer: Any, keep: int) -> pd.DataFra
                 value, width = mean[m, k, ids], half[m, k, ids]
                 columns |= {name: value, f"{name}_low": value - width, f"{name}_high": value + width}
             columns["null"] = float(null[k])
+            columns["share"] = mean[-1, k, ids].abs() / mean[-1, k].abs().sum()  # of the KL
             rows.append(pd.DataFrame(columns).sort_values("gained", ascending=False, kind="stable"))
     table = pd.concat(rows, ignore_index=True)
     table.insert(0, "token", tokenizer.batch_decode([[i] for i in table.id.tolist()]))

@@ -85,7 +85,8 @@ def find_changes(
     return found
 
 # %% ../../nbs/run/60_findings.ipynb #200d4a46
-_LEAST_GAIN = 0.01  # of a token's probability: smaller changes are not worth a sentence
+_LEAST_GAIN = 0.01  # of a token's probability, or
+_LEAST_SHARE = 0.05  # of the KL: smaller changes are not worth a sentence
 _PLACES = {"first": "At the first token of a reply", "reply": "Within replies", "all": "At all places"}
 
 
@@ -130,7 +131,7 @@ def _said(out: Outputs) -> list[str]:
             words = [
                 f"{name} {_listed([f'{_token(t.token)} ({_points(t.gained)})' for t in _rows(some)])}"
                 for name, some in (("more often", more), ("less often", less))
-                for some in [some[some.gained.abs() >= _LEAST_GAIN]]
+                for some in [some[(some.gained.abs() >= _LEAST_GAIN) | (some.share >= _LEAST_SHARE)]]
                 if len(some)
             ]
             if words:
@@ -155,7 +156,9 @@ def _where(contexts: list[dict], n: int = 4) -> list[str]:
     for c in contexts:
         words = _before(c)
         here = next(t for t in c["tokens"] if t["here"])
-        a, b = here["choice"] or ("the same", "the same")
+        if here["choice"] is None:
+            continue
+        a, b = here["choice"]
         said = f"after “…{words}” A goes on with {_token(a)} where B would with {_token(b)}"
         parts.setdefault(words[-10:], said)
     return [f"They part most {'; '.join(list(parts.values())[:n])}."] if parts else []
