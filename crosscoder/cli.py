@@ -12,7 +12,6 @@ __all__ = ['app', 'RUN', 'Out', 'Preset', 'UseWandb', 'Project', 'Device', 'Show
 # %% ../nbs/80_cli.ipynb #0a7e1069
 import gc
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -26,7 +25,7 @@ from fastcore.docments import docments
 
 from .basics import BadInput
 from .folder import REPORT
-from .run.findings import Findings, failed_gates, numbers, parse_gate, sentences, stat_lines
+from .run.findings import Findings, as_json, failed_gates, parse_gate, sentences, stat_lines
 from crosscoder.run.pipeline import (
     diff,
     evaluate_stage,
@@ -49,7 +48,7 @@ from crosscoder.run.settings import (
     TextConfig,
     resolve,
 )
-from .sweep.grid import RunSpec, asked_specs, card_specs, check_specs, settings_of
+from .sweep.grid import RunSpec, asked_specs, card_specs, check_cluster, check_specs, settings_of
 from .sweep.overviews import write_overviews
 from .sweep.runner import on_all_nodes, run_sweep, run_sweep_on_ray, serve_agent, track
 from .training.config import CARD_PROJECT, ModelConfig, TrainConfig
@@ -154,18 +153,10 @@ FailOn = Annotated[
 ]
 
 
-def _as_json(found: Findings, run: Run | None) -> str:
-    "Numbers with their intervals, the sentences, and a run's labels."
-    measured = {name: n._asdict() for name, n in numbers(found).items()}
-    labels = run.features.label.value_counts().to_dict() if run else None
-    what = {"names": list(found.names), "numbers": measured, "sentences": sentences(found), "labels": labels}
-    return json.dumps(what, indent=1, ensure_ascii=False)
-
-
-def _say(found: Findings, run: Run | None, as_json: bool) -> None:
+def _say(found: Findings, run: Run | None, json: bool) -> None:
     "Print what was found."
-    if as_json:
-        return print(_as_json(found, run))
+    if json:
+        return print(as_json(found, run.features.label.value_counts().to_dict() if run else None))
     if run is None:
         print("\n".join([*stat_lines(found), "", *sentences(found)]))
     else:
@@ -195,20 +186,20 @@ def diff_command(
     wandb: UseWandb = True,
     project: Project = None,
     stat_only: Stat = False,
-    as_json: Json = False,
+    json: Json = False,
     fail_on: FailOn = None,
 ) -> None:
     "All stages, and a summary."
     gates = [parse_gate(g) for g in fail_on or []]
     command = ["crosscoder", *sys.argv[1:]]
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with redirect_stdout(sys.stderr) if json else nullcontext():
         if stat_only:
             run, found = None, stat(preset=preset, project=project, **given)
         else:
             run = diff(out=out, preset=preset, wandb=wandb, command=command, project=project, **given)
             found = run.changes
     assert found is not None  # every diff compares
-    _say(found, run, as_json)
+    _say(found, run, json)
     if failed := failed_gates(found, gates):
         _stop("; ".join(failed), 3)
 
@@ -347,7 +338,7 @@ def sweep_command(
     specs = asked_specs(grid, preset, scale, axis, given) if has_grid or not wandb_agent else []
     if specs or not wandb_agent:
         check_specs(specs)
-    _check_cluster(ray, cpus, gpus, runs, wandb_agent, given.get("device"))
+    check_cluster(ray, cpus, gpus, runs, wandb_agent, given.get("device"))
     if list_:
         return print("\n".join(spec.name for spec in specs))
     group = s["project"] if preset == "card" else Path(out).name
@@ -367,20 +358,6 @@ def sweep_command(
         _stop(f"{failed} of {len(table)} runs failed, see above", 1)
 
 # %% ../nbs/80_cli.ipynb #e5bb1edd
-def _check_cluster(
-    ray: str | None, cpus: float, gpus: float, runs: str | None, agent: str | None, device: str | None
-) -> None:
-    "`BadInput` for options that would do nothing."
-    if ray == "":
-        raise BadInput("--ray is empty: expected an address, auto or local")
-    if ray and agent:
-        raise BadInput("--wandb-agent does its trials on this machine: leave out --ray")
-    if ray and device:
-        raise BadInput("--device is for this machine: on a cluster, --gpus says what a run gets")
-    if not ray and (runs or gpus or cpus != 1):
-        raise BadInput("--cpus, --gpus and --runs are for a cluster: give its address with --ray")
-
-
 def _sweep_store(out: Path, path: str | None, s: dict) -> Any:  # an `ActivationStore`
     "The activations that all runs read."
     from crosscoder.data.store import ActivationStore

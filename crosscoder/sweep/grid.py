@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'RunSpec', 'read_grid', 'card_specs', 'check_specs', 'memory_need', 'free_memory', 'run_groups', 'asked_specs',
-           'settings_of']
+           'settings_of', 'check_cluster']
 
 # %% ../../nbs/sweep/70_grid.ipynb #a9cff239
 import difflib
@@ -281,3 +281,17 @@ def settings_of(
 ) -> dict:
     "The options that are settings of a run."
     return {key: value for key, value in given.items() if key in spec.settings and value is not None}
+
+# %% ../../nbs/sweep/70_grid.ipynb #3db4fed4
+def check_cluster(
+    ray: str | None, cpus: float, gpus: float, runs: str | None, agent: str | None, device: str | None
+) -> None:
+    "`BadInput` for options that would do nothing."
+    if ray == "":
+        raise BadInput("--ray is empty: expected an address, auto or local")
+    if ray and agent:
+        raise BadInput("--wandb-agent does its trials on this machine: leave out --ray")
+    if ray and device:
+        raise BadInput("--device is for this machine: on a cluster, --gpus says what a run gets")
+    if not ray and (runs or gpus or cpus != 1):
+        raise BadInput("--cpus, --gpus and --runs are for a cluster: give its address with --ray")
