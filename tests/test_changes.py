@@ -98,7 +98,7 @@ def test_the_layer_that_was_chosen_is_in_the_config(whole):
     layer = config["activations"]["layer"]
     assert type(layer) is int and 0 <= layer < BLOCKS
     assert f"layer {layer} of {BLOCKS}, chosen from" in done.output
-    assert config["changes"] == {"output_texts": 24, "layer_texts": 4}
+    assert config["changes"] == {"output_texts": 24, "layer_texts": 4, "samples": 0, "amplify": 0.0}
 
 
 def test_a_run_gives_back_what_changed(whole):

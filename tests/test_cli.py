@@ -43,6 +43,7 @@ def test_diff_leaves_everything(run):
     names = {p.name for p in out.iterdir()}
     assert names == {
         "activations",
+        "changes",
         "config.json",
         "difference",
         "evaluation.json",
