@@ -281,7 +281,7 @@ def plot_layers(
     "The three numbers over the layers, a line per source."
     names = {"distance": "distance of the streams", "unexplained": "not affine", "closes": "closes of the KL"}
     fig, axes = figure(2.6, 1, 3, width=7.6, sharex=True)
-    sources = [s for s in table.source.unique() if s != "all"]
+    sources = [s for s in table.source.unique() if s != "all"] or ["all"]
     for ax, (column, title) in zip(axes, names.items()):
         for i, source in enumerate(sources):
             some = table[table.source == source]
