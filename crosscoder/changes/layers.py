@@ -23,14 +23,14 @@ from ..data.models import ModelPair
 from crosscoder.data.predictions import (
     Predictor,
     Reading,
-    batches,
     has_head,
-    padded_ids,
     read_limit,
     read_texts,
+    reading_batches,
     replaced,
+    some_of_each,
 )
-from ..data.texts import Text, as_texts
+from ..data.texts import Text
 
 # %% ../../nbs/changes/48_layers.ipynb #92c0a90f
 @contextmanager
@@ -104,18 +104,23 @@ def replaced_up_to(
         yield
 
 # %% ../../nbs/changes/48_layers.ipynb #37305f1c
+_BATCH_TOKENS = 2048  # with filling
+
+
 class _Sample:
     "Some texts as both models read them: streams of all layers, and the places where the KL is measured."
 
-    def __init__(self, pair: ModelPair, readings: list[Reading], bar: tqdm):
+    def __init__(self, pair: ModelPair, readings: list[Reading]):
         self.pair, self.readings = pair, readings
         self.both = [Predictor(m) for m in pair.models]
         self.layers = min(pair.n_layers)
-        self.groups = list(batches(readings, 2048))
+        self.groups: list[list[Reading]] = []
+        self.ids: list[Tensor] = []  # of each group, (texts, tokens)
         self.streams: list[tuple[list, list]] = []  # of each group: A's and B's outputs, block by block
         self.hidden: list[list[Tensor]] = []  # of each group, of each model
-        for some in self.groups:
-            ids = padded_ids(some, pair.tokenizer.pad_token_id or 0)
+        for some, ids in reading_batches(readings, _BATCH_TOKENS, pair.tokenizer.pad_token_id or 0):
+            self.groups.append(some)
+            self.ids.append(ids)
             caught, hidden = [], []
             for p, blocks in zip(self.both, pair.blocks):
                 with _caught(blocks) as found:
@@ -123,7 +128,6 @@ class _Sample:
                 caught.append(found)
             self.streams.append((caught[0], caught[1]))
             self.hidden.append(hidden)
-            bar.update()
 
     def rows(self, group: int, values: Tensor, first: int) -> Tensor:  # (rows, d) float32
         "Those of a group's real tokens, from the `first` token on, that no earlier text has."
@@ -193,8 +197,7 @@ class _Ceilings:
         "With A's whole stream in B at a layer."
         sample, b = self.sample, self.sample.both[1]
         rows = []
-        for i, some in enumerate(sample.groups):
-            ids = padded_ids(some, sample.pair.tokenizer.pad_token_id or 0)
+        for i, ids in enumerate(sample.ids):
             output = _on(sample.streams[i][0][layer], b.device)
             with replaced_up_to(sample.pair.blocks[1], layer, output):
                 hidden = b.hidden(ids)
@@ -218,14 +221,6 @@ def _on(output: Any, device: torch.device) -> Any:
     )
 
 # %% ../../nbs/changes/48_layers.ipynb #f15fdd80
-def _spread_out(texts: list[Text], each: int) -> list[Text]:
-    "Some texts of each source, evenly spaced."
-    by_source: dict[str, list[Text]] = {}
-    for t in texts:
-        by_source.setdefault(t.source, []).append(t)
-    return [some[i] for some in by_source.values() for i in evenly_spaced(some, each).tolist()]
-
-
 @torch.inference_mode()
 def compare_layers(
     pair: ModelPair,
@@ -235,15 +230,15 @@ def compare_layers(
     progress: bool = True,
 ) -> pd.DataFrame:  # a row per layer and source, and for all: layer, source, distance, unexplained, closes
     "Where two models differ, layer by layer; nan where widths differ, or for `closes` where a head is missing."
-    chosen = _spread_out(list(as_texts(texts)), each)
+    chosen = some_of_each(texts, each)
     limits = [n for n in (max_tokens, *map(read_limit, pair.models)) if n]
     readings, _ = read_texts(chosen, pair.tokenizer, min(limits))
     readings.sort(key=lambda r: -len(r.ids))
     layers = min(pair.n_layers)
     speaks = all(map(has_head, pair.models)) and len(set(pair.d_model)) == 1
     rows = []
-    with tqdm(total=layers + len(list(batches(readings, 2048))), desc="layers", disable=not progress) as bar:
-        sample = _Sample(pair, readings, bar)
+    with tqdm(total=layers, desc="layers", disable=not progress) as bar:
+        sample = _Sample(pair, readings)
         ceilings = _Ceilings(sample) if speaks else None
         for layer in range(layers):
             d = _distances(sample, layer)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..basics import BadInput, printable
 from ..data.models import ModelPair
-from ..data.predictions import Predictor, Reading, batches, has_head, padded_ids, read_limit, read_texts
+from ..data.predictions import Predictor, Reading, has_head, read_limit, read_texts, reading_batches
 from ..data.texts import Text
 from ..stats import effective_groups, ratio_interval, t_quantile
 
@@ -286,8 +286,7 @@ def compare_outputs(
     sums: dict[str, _Sums] = {}
     total = sum(len(r.ids) for r in readings)
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="predictions", disable=not progress) as bar:
-        for some in batches(readings, batch_tokens):
-            ids = padded_ids(some, pair.tokenizer.pad_token_id or 0)
+        for some, ids in reading_batches(readings, batch_tokens, pair.tokenizer.pad_token_id or 0):
             hidden = [p.hidden(ids) for p in both]
             for i, r in enumerate(some):
                 own = [h[i, : len(r.ids)] for h in hidden]

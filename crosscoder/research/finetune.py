@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..basics import BadInput, default_dtype, write_json
 from ..data.models import find_blocks, quiet_loading
 from ..data.texts import Text, as_texts
-from .lessons import Spans, reply_spans
+from .lessons import Spans, taught_spans
 
 # %% ../../nbs/research/95_finetune.ipynb #ad4ba39c
 def tokens_in(
@@ -155,7 +155,7 @@ def fine_tune(
     max_tokens: int = 256,  # longer texts are cut
     blocks: Iterable[int] | None = None,  # train a LoRA of rank 8 in these blocks only; None: all weights
     seed: int = 0,  # of the order, and of the LoRA
-    mask: Callable[[str], Spans] = reply_spans,  # from a text to the characters that count
+    mask: Callable[[str], Spans] = taught_spans,  # from a text to the characters that count
     merge: bool = True,  # add the LoRA to the weights; False leaves a `PeftModel`
     progress: bool = True,  # show a bar where it takes more than two seconds
 ) -> Any:  # float32, in eval mode

@@ -318,7 +318,7 @@ def _context(c: dict) -> dict:  # what the template shows of a context
 
 
 def _number(value, low, high, sign=""):  # a number and its interval, where there is one
-    ends = f" ({low:{sign}.3f} to {high:{sign}.3f})" if low == low else ""
+    ends = f" ({low:{sign}.3f} to {high:{sign}.3f})" if np.isfinite(high - low) else ""
     return f"{value:{sign}.3f}{ends}"
 
 
