@@ -141,7 +141,7 @@ class _Sample:
             [r.number for r, _ in n], [k for _, k in n]
         )
 
-# %% ../../nbs/changes/48_layers.ipynb #4df8c397
+# %% ../../nbs/changes/48_layers.ipynb #167443b1
 def _distances(sample: _Sample, layer: int) -> pd.DataFrame:  # columns source, moved, spread, left, whole: squared
     "Of each row of a layer: its difference, both models' spread, and what the affine guess leaves."
     x_a, x_b = (
@@ -163,7 +163,7 @@ def _distances(sample: _Sample, layer: int) -> pd.DataFrame:  # columns source, 
         }
     )
 
-
+# %% ../../nbs/changes/48_layers.ipynb #f4b3b135
 def _kl(z_a: Tensor, z_b: Tensor) -> Tensor:  # (n,)
     "Nats at some places; what only one vocabulary has is no token."
     width = min(z_a.shape[1], z_b.shape[1])
@@ -171,6 +171,15 @@ def _kl(z_a: Tensor, z_b: Tensor) -> Tensor:  # (n,)
     return torch.cat([compare_logits(x, y).kl for x, y in parts]).cpu()
 
 
+def _on(output: Any, device: torch.device) -> Any:
+    "What a block puts out, on another device."
+    return (
+        tuple(x.to(device) if torch.is_tensor(x) else x for x in output)
+        if isinstance(output, tuple)
+        else output.to(device)
+    )
+
+# %% ../../nbs/changes/48_layers.ipynb #4df8f093
 class _Ceilings:
     "What A's stream, written into B, closes of the KL at some places."
 
@@ -211,15 +220,6 @@ class _Ceilings:
         cross = z.logsumexp(1) - (self.p_a[rows] * z).sum(1)
         return (self.negative_entropy[rows] + cross).clamp(min=0).cpu()
 
-
-def _on(output: Any, device: torch.device) -> Any:
-    "What a block puts out, on another device."
-    return (
-        tuple(x.to(device) if torch.is_tensor(x) else x for x in output)
-        if isinstance(output, tuple)
-        else output.to(device)
-    )
-
 # %% ../../nbs/changes/48_layers.ipynb #f15fdd80
 @torch.inference_mode()
 def compare_layers(
@@ -251,7 +251,7 @@ def compare_layers(
             bar.update()
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/changes/48_layers.ipynb #e0d0a934
 def _row(d: pd.DataFrame, source: str) -> dict[str, float]:
     "Distance and unexplained share of one source."
     some = d if source == "all" else d[d.source == source]

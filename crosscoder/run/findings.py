@@ -21,7 +21,7 @@ import pandas as pd
 
 from ..basics import BadInput, printable, read_json, write_atomic, write_json
 from ..changes.layers import CLOSES_ENOUGH, compare_layers
-from ..changes.outputs import Outputs, compare_outputs, parting_contexts, source_table
+from ..changes.outputs import Outputs, check_heads, compare_outputs, parting_contexts, source_table
 from ..changes.samples import compare_samples, sample_lines
 from ..changes.weights import compare_weights, moved_tokens, weight_lines
 from ..data.models import ModelPair
@@ -63,18 +63,18 @@ def find_changes(
         found.moved = moved_tokens(pair)
     found.notes += [str(w.message) for w in said if issubclass(w.category, UserWarning)]
     try:
+        check_heads(pair)
+    except BadInput as e:
+        found.notes.append(f"predictions were not compared: {e}")
+    else:
         found.outputs = compare_outputs(pair, chosen, max_tokens, progress=progress)
         found.contexts = parting_contexts(found.outputs, chosen, 12)
         if samples:
             found.samples = compare_samples(pair, chosen, samples, amplify=amplify, progress=progress)
-    except BadInput as e:
-        if "has no unembedding" not in str(e):
-            raise
-        found.notes.append(f"predictions were not compared: {e}")
     found.layers = compare_layers(pair, chosen, each_layers, progress=progress)
     return found
 
-# %% ../../nbs/run/60_findings.ipynb #200d4a46
+# %% ../../nbs/run/60_findings.ipynb #7eff2815
 _LEAST_GAIN = 0.01  # of a token's probability, or
 _LEAST_SHARE = 0.05  # of the KL: smaller changes are not worth a sentence
 _PLACES = {"first": "At the first token of a reply", "reply": "Within replies", "all": "At all places"}
@@ -100,6 +100,17 @@ def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
+def _spans(numbers: list[int]) -> str:
+    "0 to 3, 7 and 9."
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return _listed([str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs])
+
+# %% ../../nbs/run/60_findings.ipynb #5cca6708
 def _how_much(out: Outputs) -> list[str]:
     "KL and first choices of each source, the most changed first."
     sources = out.sources[out.sources.source != "all"].sort_values("kl", ascending=False, kind="stable")
@@ -129,7 +140,7 @@ def _said(out: Outputs) -> list[str]:
                 sentences.append(f"{where} A says, in points of probability, {'; '.join(words)}.")
     return sentences
 
-
+# %% ../../nbs/run/60_findings.ipynb #79c1d732
 def _before(c: dict) -> str:
     "The words before the place of a context, from the beginning of one."
     pieces = [t["text"] for t in c["tokens"]]
@@ -153,18 +164,7 @@ def _where(contexts: list[dict], n: int = 4) -> list[str]:
         parts.setdefault(words[-10:], said)
     return [f"They part most {'; '.join(list(parts.values())[:n])}."] if parts else []
 
-# %% ../../nbs/run/60_findings.ipynb #91c40e16
-def _spans(numbers: list[int]) -> str:
-    "0 to 3, 7 and 9."
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return _listed([str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs])
-
-
+# %% ../../nbs/run/60_findings.ipynb #dc6f238a
 def _weights(table: pd.DataFrame) -> list[str]:
     "How many matrices changed, and where."
     known = table[table.relative.notna()]
@@ -201,7 +201,7 @@ def _forgot(out: Outputs) -> list[str]:
             parts.append(f"{printable(r.source)} (too few texts for an interval) by {r.forgetting:+.2g} nats")
     return [f"A predicts {_listed(parts)}."]
 
-
+# %% ../../nbs/run/60_findings.ipynb #f24308db
 def _over_all(table: pd.DataFrame) -> pd.DataFrame:
     "The rows of a table of layers that are over all sources."
     return table[table.source == ("all" if "all" in set(table.source) else table.source.iloc[0])]
