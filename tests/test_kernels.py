@@ -158,22 +158,26 @@ def run(on):
     adam._kernel = lambda p: kernels.adam if on else None
     if on: sparse.ACTIVATIONS["batchtopk"] = replace(batch_topk, select=sparse.select_batch_topk_fixed)
     cc = CrossCoder((20, 20), 60, 4, exclusive=(6, 6), activation=CHOSEN).fit_normalizer(x)
-    more = dict(precision=PRECISION, sparsity_coef=1e-3)
-    t = Trainer(cc, TrainConfig(lr=1e-2, clip=0.1, aux_coef=0.1, dead_after=100, **more))
+    more = dict(precision=PRECISION, sparsity_coef=1e-3, difference_weight=WEIGHT)
+    t = Trainer(cc, TrainConfig(lr=1e-2, clip=0.1, aux_coef=0.1, dead_after=64, **more))
     return [t.step(b) for b in x.split(64)], dict(cc.named_parameters())
 (metrics, params), (others, same) = run(False), run(True)
 numbers = max(abs(a[k] - b[k]) for a, b in zip(metrics, others) for k in a)
 weights = max((p - same[n]).abs().max().item() for n, p in params.items())
-print(numbers, weights, "aux" in others[-1])
+print(numbers, weights, "aux" in others[-1], "difference" in others[-1])
 """
 
 
-@pytest.mark.parametrize("activation, precision", [("topk", "fp32"), ("topk", "bf16"), ("batchtopk", "bf16")])
-def test_whole_steps_by_the_kernels_are_the_same(activation, precision):
-    numbers, weights, aux = elsewhere(
-        "-c", STEPS.replace("CHOSEN", repr(activation)).replace("PRECISION", repr(precision)), TRITON_INTERPRET="1"
-    ).split()
-    assert float(numbers) < 1e-3 and float(weights) < 1e-3 and aux == "True"
+@pytest.mark.parametrize(
+    "activation, precision, weight", [("topk", "fp32", 0), ("topk", "bf16", 100), ("batchtopk", "bf16", 100)]
+)
+def test_whole_steps_by_the_kernels_are_the_same(activation, precision, weight):
+    code = STEPS
+    for name, value in {"CHOSEN": activation, "PRECISION": precision, "WEIGHT": weight}.items():
+        code = code.replace(name, repr(value))
+    numbers, weights, aux, difference = elsewhere("-c", code, TRITON_INTERPRET="1").split()
+    assert float(numbers) < 1e-3 and float(weights) < 1e-3
+    assert (aux, difference) == ("True", str(weight > 0))
 
 
 if __name__ == "__main__":

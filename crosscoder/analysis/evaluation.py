@@ -71,7 +71,7 @@ def evaluate(
     progress: bool = True,  # show a progress bar where it takes over two seconds
 ) -> (
     dict
-):  # numbers by name: fve_a, …, mse, mse_a, …, cosine_a, …, l0_total, l0_a_excl, …, dead_fraction, …, rows, texts
+):  # by name: fve_a, …, fve_difference, mse, mse_a, …, cosine_a, …, l0_total, l0_a_excl, …, dead_fraction, …, rows
     "Held-out FVE, MSE and cosine per model in raw space, L0 and dead features per partition; raises `BadInput`."
     if tuple(store.d_in) != cc.d_in:
         raise BadInput(f"the store holds activations of widths {tuple(store.d_in)}, the crosscoder expects {cc.d_in}")
@@ -80,6 +80,7 @@ def evaluate(
     was_training = cc.training
     cc.eval()
     per_model = [Explained(d) for d in cc.d_in]
+    difference = Explained(cc.d_in[0]) if len(cc.d_in) == 2 and len(set(cc.d_in)) == 1 else None
     fired = torch.zeros(cc.dict_size, dtype=torch.long)
     for i in tqdm(range(0, len(store), batch_rows), desc="evaluation", unit=" batches", delay=2, disable=not progress):
         x = cc.flat(store.read(i, i + batch_rows))
@@ -87,10 +88,13 @@ def evaluate(
         recon = cc.reconstruct(codes)
         for e, c in zip(per_model, cc.partition.channels):
             e.add(x[:, c], recon[:, c])
+        if difference is not None:
+            difference.add(*(torch.sub(*both.chunk(2, 1)) for both in (x, recon)))
         fired += torch.bincount(codes.layout.indices[codes.values > 0], minlength=cc.dict_size).cpu()
     cc.train(was_training)
     return {
         **_per_model(per_model),
+        **({} if difference is None else {"fve_difference": difference.result()["fve"]}),
         **_per_partition(cc, fired, len(store)),
         "rows": len(store),
         "texts": int(store.rows.text.nunique()),

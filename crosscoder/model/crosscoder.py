@@ -39,6 +39,7 @@ class FlatWeights(nn.Module):
         activation: str = "batchtopk",  # one of `ACTIVATIONS`; the card's is "topk"
         normalizer: str = "scale",  # one of `NORMALIZERS`; the card's is "zscore"
         seed: int = 0,  # of the starting weights
+        equal_start: bool = True,  # models of one width start with the same directions; otherwise each with its own
     ):
         super().__init__()
         d_in = tuple(int(d) for d in d_in)
@@ -55,7 +56,11 @@ class FlatWeights(nn.Module):
         self.normalizer = Normalizer(d_in, normalizer)
         self.info: dict[str, Any] = {}  # where it comes from: models, layer, training; saved with the weights
         g = torch.Generator().manual_seed(seed)
-        rows = torch.cat([0.4 * nn.functional.normalize(torch.randn(dict_size, d, generator=g)) for d in d_in], 1)
+        drawn: dict[Any, Tensor] = {}
+        for m, d in enumerate(d_in):
+            drawn.setdefault(d if equal_start else m, torch.randn(dict_size, d, generator=g))
+        start = [drawn[d if equal_start else m] for m, d in enumerate(d_in)]
+        rows = torch.cat([0.4 * nn.functional.normalize(rows) for rows in start], 1)
         self.encoder, self.encoder_bias = nn.Parameter(rows.clone()), nn.Parameter(torch.zeros(dict_size))
         self.decoder, self.decoder_bias = nn.Parameter(rows), nn.Parameter(torch.zeros(sum(d_in)))
         self.register_buffer("threshold", torch.tensor(0.0))

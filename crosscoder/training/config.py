@@ -6,6 +6,7 @@
 __all__ = ['CARD_PROJECT', 'FIELDS', 'ModelConfig', 'TrainConfig', 'card_recipe', 'to_field_type']
 
 # %% ../../nbs/training/30_config.ipynb #4c5f208b
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, get_args
 
@@ -30,6 +31,7 @@ class ModelConfig:
     activation: str = "batchtopk"  # topk, batchtopk or relu
     normalizer: str = "scale"  # zscore (each channel), scale (one number a model) or none
     init_seed: int = 0  # of the starting weights
+    equal_start: bool = True  # models of one width start with the same directions; otherwise each with its own
 
     def build(
         self,
@@ -37,7 +39,8 @@ class ModelConfig:
     ) -> CrossCoder:
         "An untrained crosscoder; settings that make none raise `BadInput`."
         parts = _parse_exclusive(self.exclusive)
-        cc = CrossCoder(d_in, self.dict_size, self.k, parts, self.activation, self.normalizer, self.init_seed)
+        shape = (d_in, self.dict_size, self.k, parts, self.activation, self.normalizer)
+        cc = CrossCoder(*shape, self.init_seed, self.equal_start)
         cc.info["exclusive"] = list(parts)
         return cc
 
@@ -65,6 +68,9 @@ class TrainConfig:
     decay: float = 0.5  # last share of the steps, over which it falls to 0
     sparsity_coef: float = 0.0  # weight of the L1 on shared features
     exclusive_sparsity_coef: float = 0.0  # weight of the L1 on exclusive features
+    # how loud the difference of two models is in the loss: 1 as loud as either model, 0 as loud as it is;
+    # by default 1 where both have the same width
+    difference_weight: float | None = None
     aux_coef: float = 1 / 32  # weight of the auxiliary loss on dead features
     dead_after: int = 50_000  # samples without firing after which a feature counts as dead
     clip: float = 1.0  # largest norm of the gradient
@@ -77,13 +83,26 @@ class TrainConfig:
 
     @classmethod
     def card(cls, **changes: Any) -> Self:
-        "9000 steps of 1024 at a constant 1e-4, L1 of 1e-3 on shared features, no auxiliary loss."
+        "9000 steps of 1024 at a constant 1e-4, L1 of 1e-3 on shared features, no other term in the loss."
         return cls(**{**_CARD, **changes})
 
     def __post_init__(self):
         if self.precision is None:
             self.precision = _native_precision()
         _check(self)
+
+    def weight_for(
+        self,
+        d_in: Sequence[int],  # width of each model
+    ) -> float:
+        "`difference_weight` for these models; one that is asked for where it cannot be raises `BadInput`."
+        comparable = len(d_in) == 2 and d_in[0] == d_in[1]
+        if self.difference_weight and not comparable:
+            raise BadInput(
+                f"difference_weight is {self.difference_weight} and the models' widths are {tuple(d_in)}: only two "
+                "models of the same width have a difference. Leave it out, or set it to 0"
+            )
+        return float(comparable) if self.difference_weight is None else self.difference_weight
 
     def rate(self, step: int) -> float:
         "Learning rate of a step, counted from 0."
@@ -99,6 +118,7 @@ _CARD = {
     "warmup": 0,
     "decay": 0.0,
     "sparsity_coef": 1e-3,
+    "difference_weight": 0.0,
     "aux_coef": 0.0,
     "checkpoint_every": 500,
 }
@@ -113,9 +133,9 @@ def _check(config: TrainConfig):  # raises `BadInput`
     if config.precision not in ("bf16", "fp32"):
         raise BadInput(f"precision is {config.precision!r}: expected bf16 or fp32")
     for f in fields(config):
-        if f.name == "precision":
-            continue
         value = getattr(config, f.name)
+        if value is None or f.name == "precision":
+            continue
         least = 1 if f.name in _COUNTS else 0
         if not value >= least:  # nan is refused too
             raise BadInput(f"{f.name} is {value}: expected at least {least}")
@@ -147,6 +167,7 @@ def card_recipe(
         "exclusive": f"{share},{share}",
         "activation": "topk",
         "normalizer": "zscore",
+        "equal_start": False,
     }
     return {**asdict(recipe), **model, "precision": None}
 
@@ -167,6 +188,8 @@ def to_field_type(
             return None
         if allowed is str and isinstance(value, str):
             return value
+        if allowed is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
         if allowed in (int, float) and (number := _to_number(allowed, value)) is not None:
             return number
     raise ValueError(f"{name} is {value!r}: expected {kind.__name__ if isinstance(kind, type) else kind}")

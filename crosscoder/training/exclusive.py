@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Network', 'Residuals', 'unpredicted_rows', 'train_candidates', 'probe_r2', 'select_features', 'drop_redundant',
-           'initialize_exclusive', 'find_differences']
+           'place_frozen', 'initialize_exclusive', 'find_differences']
 
 # %% ../../nbs/training/34_exclusive.ipynb #7deb348f
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -155,10 +156,12 @@ def train_candidates(
     "A dictionary of the residuals: what one model cannot say of the other."
     rows = unpredicted_rows(Residuals(part, guess))
     size = min(n or max(cc.d_in), cc.dict_size)
-    small = CrossCoder(cc.d_in, size, max(1, cc.k // 8), activation="batchtopk", seed=config.seed)
+    k = max(1, cc.k // 8)
+    small = CrossCoder(cc.d_in, size, k, activation="batchtopk", seed=config.seed, equal_start=False)
     if progress:
         print(f"difference: {small.dict_size} candidates from {len(rows):,} rows, {guess!r}")
     view = Residuals(part, guess, rows)
+    config = replace(config, difference_weight=0.0)  # residuals have none
     trained, _ = train(small.to(cc.encoder.device), view, config, out, progress=progress)
     return trained
 
@@ -271,6 +274,45 @@ def _read_raw(kept: pd.DataFrame, candidates: CrossCoder, guess: Affine) -> tupl
     bias = (candidates.encoder_bias - origin)[which].cpu()
     return weights, bias - weights @ guess.mean
 
+# %% ../../nbs/training/34_exclusive.ipynb #ad167b5b
+@torch.no_grad()
+def place_frozen(
+    cc: CrossCoder,  # its normalizer fitted; changed in place
+    weights: Tensor,  # (n, Σd) that raw activations are read with
+    bias: Tensor,  # (n,) added to that
+    decoder: Tensor,  # (n, Σd) what each feature writes, in raw units
+    length: Tensor | float | None = None,  # (n,) or one number ℓ: values times it, directions over it
+    level: int = 2,  # 2 freezes all of a feature, 1 its decoder
+) -> Tensor:  # (n,) numbers of the features, ascending
+    "Write given features into the last shared ones that are not frozen; what does not fit raises `BadInput`."
+    n = len(bias)
+    at = _free_places(cc, weights, decoder, n)
+    device = cc.encoder.device
+    weights, bias, decoder = (t.to(device, torch.float32) for t in (weights, bias, decoder))
+    decoder = decoder / cc.unit
+    if length is None:
+        length = decoder.norm(dim=1) / cc.decoder.norm(dim=1).median()
+    length = torch.as_tensor(length, dtype=torch.float32, device=device).expand(n)[:, None]
+    cc.decoder[at] = decoder / length
+    cc.encoder[at] = weights * cc.unit * length
+    cc.encoder_bias[at] = (bias + weights @ cc.origin) * length[:, 0]
+    cc.frozen[at] = level
+    return at
+
+
+def _free_places(cc, weights, decoder, n) -> Tensor:  # (n,); raises `BadInput`
+    form = (n, sum(cc.d_in))
+    for name, matrix in {"weights": weights, "decoder": decoder}.items():
+        if tuple(matrix.shape) != form:
+            raise BadInput(f"{name} of {n} features to place have the shape {tuple(matrix.shape)}, expected {form}")
+    if not cc.fitted:
+        raise BadInput("the crosscoder's normalizer is not fitted: call `fit_normalizer` before features are placed")
+    free = (cc.frozen == 0).nonzero().squeeze(1)
+    free = free[free >= cc.dict_size - cc.n_shared]
+    if n > len(free):
+        raise BadInput(f"{n} features were given and {len(free)} places are free: give fewer, or a larger dictionary")
+    return free[len(free) - n :]
+
 # %% ../../nbs/training/34_exclusive.ipynb #e3400004
 @torch.no_grad()
 def initialize_exclusive(
@@ -280,25 +322,16 @@ def initialize_exclusive(
     guess: Affine | Network,
 ) -> None:
     "Write the kept candidates into the last features of `cc`, in place, and freeze them there."
-    kept = selected[selected["kept"]].sort_values(by="fired", ascending=False).head(cc.n_shared)
-    decoder = _one_sided(kept, candidates) / cc.unit.cpu()
-    usual = cc.decoder.norm(dim=1).median().cpu()
-    length = decoder.norm(dim=1, keepdim=True) / usual  # what the direction loses, the value gets
-    decoder = decoder / length
+    room = int((cc.frozen == 0).sum()) - (cc.dict_size - cc.n_shared)
+    kept = selected[selected["kept"]].sort_values(by="fired", ascending=False).head(room)
+    decoder = _one_sided(kept, candidates)
     if isinstance(guess, Affine):
         weights, bias = _read_raw(kept, candidates, guess)
-        bias = bias + weights @ cc.origin.cpu()
-        encoder = weights * cc.unit.cpu() * length
-        bias = bias * length[:, 0]
-    else:
-        encoder = decoder / decoder.square().sum(1, keepdim=True)
-        bias = torch.zeros(len(kept))
-    at = torch.arange(cc.dict_size - len(kept), cc.dict_size)
-    device = cc.encoder.device
-    cc.decoder[at] = decoder.to(device)
-    cc.encoder[at] = encoder.to(device)
-    cc.encoder_bias[at] = bias.to(device)
-    cc.frozen[at] = 2 if guess.linear else 1
+        place_frozen(cc, weights, bias, decoder)
+        return
+    normalized = decoder / cc.unit.cpu()
+    weights = normalized / normalized.square().sum(1, keepdim=True) / cc.unit.cpu()  # the direction's transpose
+    place_frozen(cc, weights, -weights @ cc.origin.cpu(), decoder, level=1)
 
 # %% ../../nbs/training/34_exclusive.ipynb #aece21be
 def find_differences(

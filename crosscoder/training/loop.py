@@ -9,7 +9,7 @@ __all__ = ['Callback', 'History', 'is_logged', 'Checkpoint', 'train_many', 'trai
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ from tqdm import tqdm
 from ..basics import BadInput, remove_leftovers, write_atomic
 from ..data.batches import Batches
 from ..data.store import ActivationStore, StorePart
-from ..folder import CHECKPOINT, MODEL, append_metrics, read_metrics, update_config, write_metrics
+from crosscoder.folder import (
+    CHECKPOINT,
+    CONFIG,
+    MODEL,
+    append_metrics,
+    forget_config,
+    read_config,
+    read_metrics,
+    update_config,
+    write_metrics,
+)
 from ..model.crosscoder import CrossCoder
 from .config import TrainConfig
 from .step import Metrics, Trainer
@@ -97,6 +107,16 @@ def _check_store(cc: CrossCoder, store: ActivationStore | StorePart):  # raises 
     if not len(store):
         raise BadInput("the store has no rows to train on")
 
+# %% ../../nbs/training/33_loop.ipynb #5927f4b7
+def _began_unweighted(out: Path) -> bool:  # whether the run there is from before the difference had a weight
+    recorded = read_config(out).get("train") if (out / CONFIG).exists() else None
+    if not recorded or "difference_weight" in recorded:
+        return False
+    if any((out / name).exists() for name in (CHECKPOINT, MODEL)):
+        return True
+    forget_config(out, "train")
+    return False
+
 # %% ../../nbs/training/33_loop.ipynb #ae686387
 class _Run:  # one crosscoder being trained, its folder and its callbacks
     def __init__(
@@ -108,7 +128,12 @@ class _Run:  # one crosscoder being trained, its folder and its callbacks
         callbacks: Iterable[Callback],
     ):
         _check_store(cc, store)
+        weight = config.weight_for(cc.d_in)
+        unweighted = bool(out) and _began_unweighted(Path(out)) and not config.difference_weight
+        config = replace(config, difference_weight=0.0 if unweighted else weight)
         settings = {"model": cc.config(), "train": asdict(config), "data": _describe_data(store)}
+        if unweighted:
+            del settings["train"]["difference_weight"]
         self.cc, self.store, self.config = cc, store, config
         self.out = Path(out) if out else None
         self.history = History(out)
