@@ -123,7 +123,7 @@ def _mine(c: Compared, member: Tensor) -> Tensor:  # (measures, kinds, vocabular
 
 # %% ../../nbs/changes/46_outputs.ipynb #f8da664e
 ROWS_AT_ONCE = 256  # of the head
-ROWS_IN_CACHE = 16  # on a CPU: what is done to a row's logits should find them in its cache
+ROWS_IN_CACHE = 8  # on a CPU: what is done to a row's logits should find them in its cache
 
 
 def _refuse_nan(z: Tensor, reading: Reading, start: int, name: str) -> None:
