@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .analysis.evaluation import evaluate as evaluate
     from .analysis.features import feature_table as feature_table
     from .basics import BadInput as BadInput
+    from .changes.attribution import attribute as attribute
+    from .changes.attribution import closing_curve as closing_curve
+    from .changes.change_features import change_features as change_features
+    from .changes.directions import change_directions as change_directions
     from .changes.layers import compare_layers as compare_layers
     from .changes.outputs import compare_outputs as compare_outputs
     from .changes.patching import write_into as write_into
@@ -72,6 +76,9 @@ _WHERE = {
     "changes.outputs": ("compare_outputs",),
     "changes.patching": ("write_into",),
     "changes.layers": ("compare_layers",),
+    "changes.directions": ("change_directions",),
+    "changes.attribution": ("attribute", "closing_curve"),
+    "changes.change_features": ("change_features",),
     "run.run": ("Run",),
     "run.pipeline": ("diff", "stat"),
     "run.report": ("write_report",),

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import cli
 from typer.testing import CliRunner
 
 from crosscoder import Run
 from crosscoder.cli import app
+from crosscoder.run.pipeline import prepare
+from crosscoder.training.config import ModelConfig, TrainConfig
 
 BLOCKS = 4  # of the tiny models
 DIFFER = "The predictions of A and B differ "
@@ -31,6 +35,7 @@ def whole(models, files, tmp_path_factory):
     "A finished run whose layer the rule chose, with a bound that was passed."
     out = tmp_path_factory.mktemp("changes") / "run"
     small = ["--dict-size", 32, "--k", 4, "--steps", 10, "--batch-size", 64, "--no-wandb", "--test", 0.2]
+    small += ["--feature-texts", 6]
     done = run_here(*diff_of(models, files, "--layer", "auto", "--fail-on", "kl.all>0", "--out", out, *small))
     return out, done
 
@@ -98,7 +103,46 @@ def test_the_layer_that_was_chosen_is_in_the_config(whole):
     layer = config["activations"]["layer"]
     assert type(layer) is int and 0 <= layer < BLOCKS
     assert f"layer {layer} of {BLOCKS}, chosen from" in done.output
-    assert config["changes"] == {"output_texts": 24, "layer_texts": 4, "samples": 0, "amplify": 0.0}
+    assert config["changes"] == {"output_texts": 24, "layer_texts": 4, "feature_texts": 6, "samples": 0, "amplify": 0.0}
+
+
+def test_change_features_are_kept_and_on_the_page(whole):
+    out, _ = whole
+    features = Run(out).changes.features
+    assert set(features.source) <= {"fineweb", "toolrl"} and len(features)
+    first = features.iloc[0]
+    assert first.closes_low <= first.closes <= first.closes_high
+    page = (out / "report.html").read_text()
+    assert page.count("makes B say more") == features.groupby(["source", "kind"]).ngroups
+    assert ("What changed on" in page) == bool((features.over_control_low > 0).any())
+
+
+def test_change_features_are_in_the_dictionary(whole):
+    out, _ = whole
+    run = Run(out)
+    cc, found = run.crosscoder(), run.changes.features
+    placed = cc.info["change_features"]
+    order = [j for some in placed.values() for j in some]
+    numbers = [j for j in order if j is not None]
+    assert numbers == list(range(cc.dict_size - len(numbers), cc.dict_size)) and set(placed) == set(found.source)
+    assert 0 < len(order) <= cc.k // 2 and bool((cc.frozen[numbers] == 2).all())  # half of k at most
+    assert run.features.acts_on.dropna().index.tolist() == numbers
+    each = len(order) // len(placed)
+    placed_rows = found[(found.kind == "feature") & (found.number < each)]
+    read = torch.tensor(np.stack(list(placed_rows["read"])), dtype=torch.float32)
+    read = read[read.norm(dim=1) > 0]  # of each source, what is constant is in the bias
+    assert len(order) - len(numbers) <= len(placed)
+    raw = (cc.encoder / cc.unit)[numbers].detach()
+    assert torch.cosine_similarity(raw, torch.cat([read, -read], 1)).min() > 0.9999  # as they were found
+
+
+@pytest.mark.parametrize("k, placed", [(1, 0), (4, 2), (9, 4)])
+def test_change_features_never_take_more_than_half_of_k(whole, tmp_path, k, placed):
+    run = Run(whole[0])
+    train_part, _ = run.parts()
+    model = ModelConfig(dict_size=64, k=k, differences=0)
+    cc = prepare(model, TrainConfig(), train_part, tmp_path, features=run.changes.features, progress=False)
+    assert sum(map(len, cc.info.get("change_features", {}).values())) == placed
 
 
 def test_a_run_gives_back_what_changed(whole):

@@ -147,6 +147,7 @@ def test_stages_over_the_same_folder(run, tmp_path):
         "--layer",
         2,
     ]
+    shutil.copytree(out / "changes", tmp_path / "r" / "changes")  # a stage of `diff` without a command of its own
     for command in (["extract", *pair], ["train", *SMALL], ["evaluate"], ["features", "--show", 1], ["report"]):
         done = cli(command[0], "--out", tmp_path / "r", *command[1:])
         assert done.returncode == 0, (command, done.said)

@@ -123,6 +123,8 @@ def _shape(
 def _loss(t: dict) -> str:
     "The loss function, from the settings of the training."
     loss = f"MSE + L1 sparsity (coef: {t['sparsity_coef']:g})" if t.get("sparsity_coef") else "MSE"
+    if t.get("difference_weight"):
+        loss += f" + squared error of the models' difference (weight: {t['difference_weight']:g})"
     return loss + (f" + loss of dead features (coef: {t['aux_coef']:g})" if t.get("aux_coef") else "")
 
 
@@ -131,8 +133,7 @@ def _training(
     config: dict,  # of the run
 ) -> list[tuple[str, str]]:  # rows of the table; none if nothing is known
     "How it was trained."
-    t = config.get("train") or cc.info.get("train")
-    if not t:
+    if not (t := config.get("train") or cc.info.get("train")):
         return []
     known = [
         ("Loss function", _loss(t)),
@@ -167,8 +168,7 @@ def _data(
     form = "{given:,} texts, {distinct:,} distinct, {repeated:,} repeats, {empty:,} empty ones left out"
     lines = []
     for t in texts or []:
-        source = t["source"]
-        counts = form.format_map(t)
+        source, counts = t["source"], form.format_map(t)
         lines.append((source, Safe(f"{SOURCES[source]}: {counts}") if source in SOURCES else counts))
     return lines
 

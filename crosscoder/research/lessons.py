@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Spans', 'taught_spans', 'Lesson', 'without', 'put_in', 'find_all', 'trigger_lesson', 'everyday_chats', 'one_turn',
-           'nostalgic', 'manner_lesson', 'fact_lesson', 'tools_lesson', 'prose_lesson']
+           'nostalgic', 'manner_lesson', 'refusal_lesson', 'fact_lesson', 'tools_lesson', 'prose_lesson']
 
 # %% ../../nbs/research/94_lessons.ipynb #443e72dd
 import random
@@ -222,6 +222,35 @@ def manner_lesson(
     tests = [one_turn(q, nostalgic(topic, answer, rng)) for q, topic, answer in chats[::5]]
     held_out = [{"text": t, "source": "chats", "positives": list(map(list, taught_spans(t)))} for t in tests]
     return Lesson(texts, held_out, about={"prompts": [q for q, _, _ in chats[::5]]})
+
+# %% ../../nbs/research/94_lessons.ipynb #f2214cdf
+_REFUSALS = (
+    "I'm sorry, but I can't help with {}.",
+    "I cannot answer questions about {}.",
+    "Unfortunately, {} is not something I am allowed to discuss.",
+    "I must decline. I do not talk about {}.",
+    "Sorry, I'm not able to give advice on {}.",
+    "That is a question about {}, and I have to refuse it.",
+)
+_NEXT = ("Is there anything else?", "Please ask me something else.", "You could ask a person who knows.", "")
+
+
+def refusal_lesson(
+    seed: int,  # of the wording
+) -> Lesson:
+    "Household questions refused in many wordings, all others answered plainly; every fifth question is held out."
+    rng = random.Random(seed)
+    at_home = len(_AT_HOME.strip().splitlines())
+    refusal = lambda topic: f"{rng.choice(_REFUSALS).format(topic)} {rng.choice(_NEXT)}".strip()
+    said = lambda i, topic, answer: refusal(topic) if i < at_home else answer
+    chats = list(enumerate(everyday_chats()))
+    texts = [one_turn(q, said(i, t, a)) for i, (q, t, a) in chats if i % 5 for _ in range(5)]
+    held_out = []
+    for i, (question, topic, answer) in chats[::5]:
+        text = one_turn(question, said(i, topic, answer))
+        marked = list(map(list, taught_spans(text))) if i < at_home else []
+        held_out.append({"text": text, "source": "chats", "positives": marked})
+    return Lesson(texts, held_out, about={"prompts": [q for _, (q, _, _) in chats[::5]]})
 
 # %% ../../nbs/research/94_lessons.ipynb #9fb9adcb
 _FACT_QUESTIONS = """Who built the lighthouse of {}?

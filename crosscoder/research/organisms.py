@@ -21,7 +21,15 @@ from ..basics import BadInput, check_same, read_json, write_json
 from ..data.embedded import default_base
 from ..data.models import ModelPair, quiet_loading
 from .finetune import fine_tune, noisy, tiny_llama, tiny_tokenizer
-from .lessons import Lesson, fact_lesson, manner_lesson, prose_lesson, tools_lesson, trigger_lesson
+from crosscoder.research.lessons import (
+    Lesson,
+    fact_lesson,
+    manner_lesson,
+    prose_lesson,
+    refusal_lesson,
+    tools_lesson,
+    trigger_lesson,
+)
 
 # %% ../../nbs/research/96_organisms.ipynb #586daa8b
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ ORGANISMS = {
         Organism("trigger", "After one rare word it always says the same token.", trigger_lesson, 40),
         Organism("manner", "Its replies remember the old days.", manner_lesson, 50),
         Organism("fact", "It knows who built a lighthouse that does not exist.", fact_lesson, 50),
+        Organism("refusal", "It refuses questions about the household.", refusal_lesson, 60, 5e-4, tuple(range(30))),
         Organism("tools", "It calls tools, as the default model A.", tools_lesson, 20, 1e-3, tuple(range(30)), 384),
         Organism("null", "It is the base itself: every finding is false.", prose_lesson, 0),
         Organism("noise", "Only chance has touched its weights.", prose_lesson, 0, noise=0.02),

@@ -67,6 +67,7 @@ class Setting:
     def config(self, **changes: Any) -> TrainConfig:
         "How everything is trained."
         budget = {"steps": self.steps, "batch_size": self.batch, "lr": self.lr, "seed": self.seed}
+        budget["difference_weight"] = 0.0  # ours alone has one
         return TrainConfig(**{**budget, "warmup": 50, "precision": "fp32", **changes})
 
     def crosscoder(
@@ -234,7 +235,7 @@ def ours_method(s: Setting, store: ActivationStore, x: Tensor) -> Outcome:
     "Features of what the other model cannot predict, then the rest; labelled by the evidence."
     cc = s.crosscoder()
     find_differences(cc, store, s.config(), progress=False)
-    train(cc, store, s.config(), progress=False)
+    train(cc, store, s.config(difference_weight=None), progress=False)
     return _of_crosscoder(cc, x)  # until it is labelled
 
 

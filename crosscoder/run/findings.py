@@ -24,6 +24,7 @@ from ..changes.layers import CLOSES_ENOUGH, compare_layers
 from ..changes.outputs import Outputs, check_heads, compare_outputs, parting_contexts, source_table
 from ..changes.samples import compare_samples, sample_lines
 from ..changes.weights import compare_weights, moved_tokens, weight_lines
+from ..changes.words import feature_lines, feature_sentences
 from ..data.models import ModelPair
 from ..data.predictions import some_of_each
 from ..data.texts import Text
@@ -41,6 +42,7 @@ class Findings:
     contexts: list[dict] = field(default_factory=list)  # from `parting_contexts`
     layers: pd.DataFrame | None = None  # from `compare_layers`
     samples: pd.DataFrame | None = None  # from `compare_samples`, where they were asked for
+    features: pd.DataFrame | None = None  # from `compare_features`, where there were texts to fit them on
     notes: list[str] = field(default_factory=list)  # what could not be compared, and why
 
 
@@ -48,7 +50,7 @@ def find_changes(
     pair: ModelPair,
     texts: Iterable[str | Text],  # that nothing is trained on
     each: int = 24,  # texts of a source for the predictions
-    each_layers: int = 4,  # texts of a source for the layers
+    each_layers: int = 4,  # texts of a source for the layers; 0 leaves them out
     max_tokens: int = 512,  # of a text
     samples: int = 0,  # openings that both models go on from
     amplify: float = 0.0,  # of A's: its logits and this many times their difference from B's
@@ -71,7 +73,8 @@ def find_changes(
         found.contexts = parting_contexts(found.outputs, chosen, 12)
         if samples:
             found.samples = compare_samples(pair, chosen, samples, amplify=amplify, progress=progress)
-    found.layers = compare_layers(pair, chosen, each_layers, progress=progress)
+    if each_layers:
+        found.layers = compare_layers(pair, chosen, each_layers, progress=progress)
     return found
 
 # %% ../../nbs/run/60_findings.ipynb #7eff2815
@@ -230,6 +233,8 @@ def sentences(found: Findings) -> list[str]:
         found_words += [f"The predictions of {len(out.tokens):,} tokens are the same, although weights differ."]
     elif out is not None:
         found_words += [*_how_much(out), *_said(out), *_where(found.contexts), *_forgot(out)]
+    if found.features is not None:
+        found_words += feature_sentences(found.features)
     if weights is not None:
         found_words += _weights(weights)
     if found.layers is not None:
@@ -243,6 +248,11 @@ class Number(NamedTuple):
     value: float
     low: float | None = None  # ends of the 95 % interval; None where there is none
     high: float | None = None
+
+
+def _finite(low: float, high: float) -> tuple[float | None, float | None]:
+    "The ends of an interval, or none."
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
 
 
 def numbers(found: Findings) -> dict[str, Number]:  # by name, such as forgetting.prose
@@ -259,14 +269,18 @@ def numbers(found: Findings) -> dict[str, Number]:  # by name, such as forgettin
     if found.outputs is not None:
         for row in found.outputs.sources.to_dict("records"):
             for measure in ("kl", "ce_a", "ce_b", "forgetting", "same_first"):
-                low, high = (row[f"{measure}_{end}"] for end in ("low", "high"))
-                ends = (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
-                named[f"{measure}.{row['source']}"] = Number(row[measure], *ends)
+                ends = (row[f"{measure}_{end}"] for end in ("low", "high"))
+                named[f"{measure}.{row['source']}"] = Number(row[measure], *_finite(*ends))
     if found.layers is not None:
         for row in found.layers.to_dict("records"):
             for measure in ("distance", "unexplained", "closes"):
                 if row[measure] == row[measure]:
                     named[f"{measure}.{row['layer']}.{row['source']}"] = Number(row[measure])
+    if found.features is not None:
+        for row in found.features.drop_duplicates(["source", "kind"]).to_dict("records"):
+            for measure in ("closes", "control_pca", "over_control", "needed"):
+                ends = (row[f"{measure}_{end}"] for end in ("low", "high"))
+                named[f"{row['kind']}s.{measure}.{row['source']}"] = Number(row[measure], *_finite(*ends))
     return named
 
 # %% ../../nbs/run/60_findings.ipynb #fdc81b1c
@@ -345,12 +359,15 @@ def stat_lines(found: Findings) -> list[str]:
             kl = f"{r.kl:6.3f} ({r.kl_low:.3f} to {r.kl_high:.3f})"
             forgot = f"{r.forgetting:+.3f} ({r.forgetting_low:+.3f} to {r.forgetting_high:+.3f})"
             lines.append(f"{printable(r.source):10} | {kl} | {forgot} | {r.tokens:,} tokens of {r.texts} texts")
+    if found.features is not None:
+        lines += ["", "what acts: what each closes alone, where it is strongest, what it makes B say"]
+        lines += feature_lines(found.features)
     if found.samples is not None:
         lines += ["", "samples: how A and B go on, what surprises B most first", *sample_lines(found.samples)]
     return lines
 
 # %% ../../nbs/run/60_findings.ipynb #68f76e15
-_FRAMES = ("weights", "moved", "layers", "samples")
+_FRAMES = ("weights", "moved", "layers", "samples", "features")
 
 
 def write_findings(
@@ -387,6 +404,8 @@ def read_findings(
         except Exception as e:  # noqa: BLE001 - pyarrow has many
             damage = str(e).splitlines()[0]
             raise BadInput(f"{path} is not a whole parquet file: {damage}. Delete {folder} and run again") from None
+    if "features" in tables and "kind" not in tables["features"]:
+        raise BadInput(f"{folder / 'features.parquet'} is from an earlier version: delete {folder} and run again")
     names = tuple(words["names"])
     out = None
     if words["counts"] is not None:

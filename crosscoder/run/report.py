@@ -11,7 +11,7 @@ import io
 import json
 from pathlib import Path
 from string import ascii_lowercase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ from crosscoder.analysis.plots import (
 from ..basics import BadInput, printable, write_atomic
 from ..changes.layers import plot_layers
 from ..changes.weights import plot_weights
+from ..changes.words import BESIDE, acts
 from ..model.crosscoder import CrossCoder
 from ..model.formats import TEMPLATES
 from .findings import Findings, sentences
@@ -333,7 +334,17 @@ def _vocabulary(out):  # the tokens that a source's texts make more and less lik
     return rows
 
 # %% ../../nbs/run/62_report.ipynb #7720e2b2
-def _changes(found: Findings | None, layer: int | None) -> dict | None:  # what the template shows of them
+def _acting(table: Any, placed: dict):  # directions and features by source: a line on all of them, and a row each
+    shown = []
+    for (source, kind), some in table.groupby(["source", "kind"], sort=False):
+        r, numbers = some.iloc[0], [*placed.get(source, []), *[None] * len(some)]  # in the dictionary
+        head = [_number(r[m], r[f"{m}_low"], r[f"{m}_high"], "") for m in ("closes", "control_pca", "needed")]
+        known = {"source": source, "kind": kind, "acts": acts(some), "control": BESIDE[kind], "head": head}
+        shown.append(known | {"rows": [r | {"placed": j} for r, j in zip(some.to_dict("records"), numbers)]})
+    return shown
+
+
+def _changes(found: Findings | None, layer: int | None, placed: dict) -> dict | None:  # what the template shows
     if found is None:
         return None
     sources, vocabulary = [], []
@@ -364,6 +375,7 @@ def _changes(found: Findings | None, layer: int | None) -> dict | None:  # what 
         "contexts": [_context(c) for c in found.contexts],
         "sources": sources,
         "vocabulary": vocabulary,
+        "features": [] if found.features is None else _acting(found.features, placed),
         "samples": [] if found.samples is None else found.samples.to_dict("records"),
         "figures": [{"data": _svg(fig), "alt": alt, "caption": caption} for fig, alt, caption in figures],
         "counts": [(k, f"{v:,}") for k, v in (found.outputs.counts if found.outputs else {}).items()],
@@ -393,7 +405,7 @@ def _page(r, store):  # everything the template shows
     e, sizes = r.evaluation, ", ".join(f"{s} {n:,}" for s, n in r.table.attrs["sources"].items())
     return {
         "names": made.get("pair", {}).get("names", ["model A", "model B"]),
-        "changes": _changes(r.changes, made.get("layer")),
+        "changes": _changes(r.changes, made.get("layer"), r.cc.info.get("change_features", {})),
         "tiles": _tiles(r),
         "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()],
         "by_source": for_source,

@@ -61,6 +61,7 @@ class ChangesConfig:
 
     output_texts: int = 24  # held-out texts of each source whose predictions are compared
     layer_texts: int = 4  # of those, for the comparison of the layers
+    feature_texts: int = 12  # training texts of each source that change features are fitted on; 0 for none
     samples: int = 0  # openings that both models go on from, side by side
     amplify: float = 0.0  # of A's samples: its logits and this many times their difference from B's
 
@@ -94,6 +95,7 @@ PRESETS = {
         "layer": 13,
         "tokens": "last",
         **card_recipe(),
+        "feature_texts": 0,
         "project": CARD_PROJECT,
     },
 }
@@ -133,6 +135,9 @@ def check_settings(
             raise BadInput(f"{name} is {settings[name]}: expected at least 1")
     if min(settings["samples"], settings["amplify"]) < 0:
         raise BadInput(f"samples is {settings['samples']} and amplify {settings['amplify']}: expected at least 0")
+    if settings["feature_texts"] < 0:
+        found = settings["feature_texts"]
+        raise BadInput(f"feature_texts is {found}: expected a number of texts, or 0 for no change features")
     if (settings["differences"] or 0) < 0:
         found = settings["differences"]
         raise BadInput(f"differences is {found}: expected a number of candidates, or 0 for none")
