@@ -33,6 +33,7 @@ from crosscoder.sweep.remote import (
     drop_file,
     headline,
     is_temporary,
+    new_session,
     open_place,
     put_whole,
     read_lease,
@@ -73,8 +74,7 @@ def _task(run, name, job, url, session, threads, every):
         with attempt.pushing(every):
             error = _guarded(run, job, attempt.folder)
         with _may_pass(attempt.root):
-            attempt.push()
-            attempt.fs.rm_file(f"{attempt.root}/{LEASE}")
+            attempt.end()
     return {**attempt.lease, "error": error}
 
 
@@ -222,7 +222,7 @@ def _outcome(ray, ref, fs, root, last, session):
         if end["error"] or fs.exists(f"{root}/{last}"):
             return end
         end["error"] = f"the run ended, and {root} has no {last}"
-    if (read_lease(fs, root) or {"session": session})["session"] == session:  # or it is another driver's by now
+    if (read_lease(fs, root) or {"session": session})["session"] <= session:  # or it is a later driver's by now
         put_whole(fs, f"{root}/{ERROR}", lambda path: fs.pipe_file(path, end["error"].encode()))
         with suppress(FileNotFoundError):
             fs.rm_file(f"{root}/{LEASE}")
@@ -271,7 +271,7 @@ def run_on_ray(
     to_do = [(name, job) for name, job in jobs if name not in errors]
     if not to_do:
         return errors
-    session = uuid4().hex
+    session = new_session()
     with _cluster(address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         grows = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
