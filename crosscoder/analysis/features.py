@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'Firings', 'evaluating', 'firings', 'cohens_d', 'auroc', 'EvidenceNote', 'evidence_note', 'verdict',
-           'feature_table']
+           'feature_table', 'stability']
 
 # %% ../../nbs/analysis/42_features.ipynb #0f680325
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from .evidence import evidence, label_features
@@ -230,6 +231,7 @@ def _examples(
 EVIDENCE = [
     *(f"{name}{end}" for name in ("share", "nu_r", "nu_eps") for end in ("", "_low", "_high")),
     *("probe_r2_a", "probe_r2_b", "affine_r2_a", "affine_r2_b", "nearest", "nearest_cosine"),
+    *("gain", "gain_low", "gain_high", "change_q", "aligned"),
 ]  # the columns of `evidence` that stand in the table
 
 # %% ../../nbs/analysis/42_features.ipynb #b64dc240
@@ -282,7 +284,19 @@ def verdict(
     fired = f"{(table.rate > 0).sum():,}"
     only_a = f"{n['A']} {'are' if counts.get('A', 0) > 1 else 'is'} only in A"
     unsure = f" For {n['undecided']} of them the held-out texts cannot tell." if "undecided" in counts else ""
-    return f"Of the {fired} features that fired, {only_a}, {n['B']} only in B, {n['shared']} shared.{unsure}"
+    said = f"Of the {fired} features that fired, {only_a}, {n['B']} only in B, {n['shared']} shared.{unsure}"
+    return said + _strengths(table)
+
+
+def _strengths(table: pd.DataFrame) -> str:
+    "How many features of both models are louder or quieter in A; nothing where a table is older than that."
+    if "change" not in table:
+        return ""
+    counts = table.change[(table.rate > 0) & ~table.label.isin(["A", "B"])].value_counts()
+    n = {c: f"{counts.get(c, 0):,}" for c in ("amplified", "suppressed", "unchanged")}
+    turned = f", {table.turned.sum():,} turned" if table.turned.any() else ""
+    strengths = f"Amplified in A are {n['amplified']}, suppressed {n['suppressed']}{turned}, as strong as in B"
+    return f" {strengths} {n['unchanged']}."
 
 # %% ../../nbs/analysis/42_features.ipynb #fba0d41e
 def _labelled(
@@ -299,10 +313,10 @@ def _labelled(
     except BadInput as e:  # too few texts, or more than two models
         nothing = pd.DataFrame(np.nan, range(len(counts)), ["q_value", *EVIDENCE])
         nothing.insert(0, "label", np.where(counts > 0, "undecided", "dead"))
-        return nothing, EvidenceNote(reason=str(e))
-    label = label_features(found, q).label.to_numpy()
-    label = np.where(label == "dead", "undecided", label)
-    table = found[["q_value", *EVIDENCE]].reset_index(drop=True)
+        return nothing.assign(change="undecided", turned=False), EvidenceNote(reason=str(e))
+    said = label_features(found, q).reset_index(drop=True)
+    label = said.label.replace("dead", "undecided")
+    table = found[["q_value", *EVIDENCE]].reset_index(drop=True).assign(change=said.change, turned=said.turned)
     table.insert(0, "label", np.where(counts == 0, "dead", label))
     where = "the held-out rows themselves, across texts" if fit is None else "other rows"
     return table, EvidenceNote(f"{q}", where)
@@ -334,3 +348,16 @@ def feature_table(
         "evidence": str(note),
     }
     return table.rename_axis("feature")
+
+# %% ../../nbs/analysis/42_features.ipynb #9312fb98
+def stability(
+    runs,  # crosscoders trained from different seeds, or their directions (n_features, Σd); the first is asked about
+    cosine: float = 0.8,  # over this, a feature came back
+) -> (
+    pd.DataFrame
+):  # a row for each feature of the first run: run_1, run_2, …: cosine of the best match; comes_back: in how many
+    "Which features come back over training seeds."
+    first, *others = [F.normalize(getattr(r, "decoder", r).detach().float()) for r in runs]
+    best = [torch.cat([(some @ other.T).amax(1) for some in first.split(2048)]).cpu().numpy() for other in others]
+    table = pd.DataFrame({f"run_{i}": b for i, b in enumerate(best, 1)})
+    return table.assign(comes_back=(table > cosine).sum(axis=1)).rename_axis("feature")

@@ -13,16 +13,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..basics import BadInput, evenly_spaced
-from .change_features import RANK, Dictionary, fit_features, name_feature, refitted, sizes_of
+from ..basics import BadInput
+from .change_features import RANK, Dictionary, fit_features, name_feature, sizes_of
 from .directions import FIRST, fit_directions, name_direction, principal, project, read_both
 from .gap import Gap, Part, closed_share, read_gaps, share_closed, share_of_difference
 from ..data.models import ModelPair
 from ..data.predictions import has_head, some_of_each
-from ..data.store import ActivationStore, StorePart
 from ..data.texts import Text
 from ..model.crosscoder import CrossCoder
-from ..stats import flat_rows
 from ..training.exclusive import place_frozen
 
 # %% ../../nbs/changes/54_acting.ipynb #f754d3b1
@@ -111,25 +109,20 @@ def _of_source(
     return table.assign(**how, texts=gap.places.text.nunique(), places=len(gap.places))
 
 # %% ../../nbs/changes/54_acting.ipynb #99d28ca4
-LOUD = 4.0  # a value is times what it would be in a feature of median length: few are lost to top-k
-_ROWS = 65_536  # that what is written is refitted on
+LOUD = 32.0  # a value is times what it would be in a feature of median length: hardly one is lost to top-k
 
 
 @torch.no_grad()
 def place_features(
     cc: CrossCoder,  # not trained yet, its normalizer fitted; changed in place
     table: pd.DataFrame,  # from `compare_features`
-    part: ActivationStore | StorePart,  # that the crosscoder will be trained on
 ) -> list[int | None]:  # numbers in the dictionary, in the order of the table's features; None for constant parts
     "Put change features at the end of a dictionary, frozen; too many for it raise `BadInput`."
     table = table[table.kind == "feature"]
     found = Dictionary(*(torch.tensor(np.stack(list(table[name])), dtype=torch.float32) for name in Dictionary._fields))
     varies = found.read.norm(dim=1) > 0  # what is constant is in the crosscoder's bias
     found = Dictionary(*(v[varies] for v in found))
-    delta = torch.sub(*flat_rows(part, evenly_spaced(part, _ROWS)).chunk(2, 1))
-    f = found.codes(delta)
-    write = refitted(delta - delta.mean(0), f - f.mean(0))  # around their means: the crosscoder has a bias
-    write, read = torch.cat([write, 0 * write], 1), torch.cat([found.read, -found.read], 1)
+    write, read = torch.cat([found.write, 0 * found.write], 1), torch.cat([found.read, -found.read], 1)
     length = (write / cc.unit.cpu()).norm(dim=1) / cc.decoder.cpu().norm(dim=1).median()
     numbers = iter(place_frozen(cc, read, found.bias, write, LOUD * length).tolist())
     return [next(numbers) if v else None for v in varies.tolist()]

@@ -412,7 +412,7 @@ def graded_scores(
     f, s = (x - x.mean(0) for x in (values.double(), strength.double()))
     r = (f.T @ s) / (f.norm(dim=0)[:, None] * s.norm(dim=0)).clamp(min=1e-12)
     best, concept = r.max(1)
-    names, gain = np.asarray(change), torch.as_tensor(np.asarray(gain, dtype=float))
+    names, gain = np.asarray(change), torch.tensor(np.array(gain, dtype=float))
     says = torch.from_numpy((names == "amplified").astype(int) - (names == "suppressed").astype(int))
     n_own, truth = sum(pair.exclusive), pair.gain.double()
     fires = (best > correlation) & (concept >= n_own)  # on a shared concept

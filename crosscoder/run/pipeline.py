@@ -202,7 +202,7 @@ def prepare(
         most = min(cc.k, cc.n_shared) // (2 * features.source.nunique())  # all together never more than half of k
         some = features[(features.kind == "feature") & (features.number < most)]
         if len(some):
-            numbers = pd.Series(place_features(cc, some, part), dtype=object)
+            numbers = pd.Series(place_features(cc, some), dtype=object)
             cc.info["change_features"] = numbers.groupby(some.source.to_list(), sort=False).agg(list).to_dict()
     return cc
 
@@ -270,8 +270,7 @@ def features_stage(
     before: Callable[[pd.DataFrame], None] | None = None,  # told of the table before it is written
 ) -> pd.DataFrame:  # from `feature_table`
     "The table of features into the run's folder."
-    from crosscoder.analysis.evidence import stability
-    from crosscoder.analysis.features import feature_table
+    from crosscoder.analysis.features import feature_table, stability
 
     run = Run(out)
     train_part, test_part = parts or run.parts()
