@@ -117,7 +117,7 @@ def _evident(t, others):  # what the evidence says of a feature, as short string
         yield f"{interval}: {other} carries {100 * t.share:.0f} % of what {own} does"
     if t.label != "shared" and not np.isnan(t.q_value):
         yield f"q {t.q_value:.2g}"  # of being in one model only
-    if "change" in t and np.isfinite(t.gain_high - t.gain_low):
+    if "change" in t and np.isfinite([t.gain_low, t.gain_high]).all():
         yield f"gain {t.gain:+.2f} ({t.gain_low:+.2f} to {t.gain_high:+.2f}): {'turned' if t.turned else t.change} in A"
     if "comes_back" in t:
         yield f"came back in {t.comes_back:.0f} of {others} other seed{'s' * (others != 1)}"
