@@ -315,7 +315,7 @@ def _label(method: str, pair: PlantedPair, test: ActivationStore, path: Path) ->
     if pair.gain.any():
         x, strength = pair.sample(20_000, seed=10**6 + 1)
         with torch.no_grad():
-            record["graded"] = graded_scores(pair, strength, cc.encode(x), table.gain, said.change)
+            record["strengths"] = graded_scores(pair, strength, cc.encode(x), table.gain, said.change)
     if method == "ours":
         record |= {**record["labelled"], "found": found(pair, directions, labels, alive).tolist()}
     write_atomic(path, json.dumps(record))
