@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pyarrow.parquet import read_schema
 
 from ..basics import BadInput, printable, read_json
 from ..folder import CONFIG, ERROR, EVALUATION, FEATURES, mean_fve
@@ -41,6 +42,8 @@ MEASURES = {
     "labelled_b": Measure("features labelled B"),
     "shared": Measure("features labelled shared"),
     "undecided": Measure("features undecided"),
+    "amplified": Measure("features amplified in A"),
+    "suppressed": Measure("features suppressed in A"),
     "in_a": Measure("features given to A"),
     "in_b": Measure("features given to B"),
 }
@@ -75,7 +78,8 @@ def _evaluated(path):
 def _counted(path):
     "Features by label and by partition from a run's table; why there are no labels, if there are none."
     try:
-        table = pd.read_parquet(path, columns=["label", "partition"])
+        strengths = [name for name in ("change",) if name in read_schema(path).names]  # former tables have none
+        table = pd.read_parquet(path, columns=["label", "partition", *strengths])
     except (OSError, ValueError):
         raise BadInput(f"{path.name} is damaged, or no table of features") from None
     labels = table.label.value_counts().to_dict()
@@ -86,6 +90,9 @@ def _counted(path):
         return {**counts, "error": f"labels: {evidence}"}
     a, b, shared, undecided = (labels.get(x, 0) for x in ("A", "B", "shared", "undecided"))
     labelled = {"labelled": a + b, "labelled_a": a, "labelled_b": b, "shared": shared, "undecided": undecided}
+    if strengths:
+        both = table.change[~table.label.isin(["A", "B"])]
+        labelled |= {name: int((both == name).sum()) for name in ("amplified", "suppressed")}
     return {**labelled, **counts, "error": ""}
 
 # %% ../../nbs/sweep/71_effects.ipynb #c56fff48
