@@ -46,6 +46,14 @@ def test_against_a_plain_crosscoder_and_a_partition(table, geometry):
     assert ours["fve"] >= plain["fve"] - 0.015 and abs(ours["l0"] - plain["l0"]) < 0.3
 
 
+@pytest.mark.parametrize("geometry", ["near", "affine"])
+def test_what_is_louder_and_what_is_quieter(tmp_path, geometry):
+    (ours,) = run_methods(Setting(geometry=geometry, graded=24, **SMALL), ("ours",), tmp_path, 20_000, 60_000)
+    said = ours["strengths"]
+    assert said["found"] >= 0.6 and said["recall"] >= 0.8 and said["precision"] >= 0.9, said
+    assert said["false"] <= 0.01 and 0.6 < said["slope"] < 1.2, said  # a concept four times as loud has two features
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_model_against_itself(tmp_path, turned):
     "No feature is exclusive, nor behind a random rotation; a one-sided partition does not help."
@@ -62,7 +70,9 @@ def test_a_model_against_itself(tmp_path, turned):
     cc = s.crosscoder(exclusive=(0.05, 0.05))
     assert find_differences(cc, stores[0], s.config(steps=300), progress=False).kept.sum() == 0
     train(cc, stores[0], s.config(steps=300), progress=False)
-    label = label_features(evidence(cc, stores[1], progress=False)).label
+    said = label_features(evidence(cc, stores[1], progress=False))
+    label = said.label
+    assert not said.turned.any() and not said.change.isin(["amplified", "suppressed"]).any(), said.change.value_counts()
     assert (label == "shared").mean() > 0.8 and not label.isin(["A", "B"]).any(), label.value_counts()
 
 

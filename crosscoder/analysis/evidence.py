@@ -213,9 +213,8 @@ def measure(
     channels, group = cc.partition.channels, text_groups(part)
     if len(channels) != 2:
         raise BadInput(f"evidence compares two models, this crosscoder has {len(channels)}")
-    across = part, group % 4, group % 2
-    rows, sets, fold = across if fit is None else (fit, text_groups(fit) % 2, torch.zeros_like(group))
-    least = 4 if fit is None else 2
+    across = part, group % 4, group % 2, 4
+    rows, sets, fold, least = across if fit is None else (fit, text_groups(fit) % 2, torch.zeros_like(group), 2)
     for name, groups in (("the held-out part", group), ("the rows to fit on", sets)):
         if len(found := groups.unique()) < least:
             raise BadInput(f"evidence by text needs at least {least} texts in {name}, found {len(found)}")
@@ -309,7 +308,8 @@ def _beyond(other, own, far, ff, k, spread):  # (n_features,) P-value of the rat
     limit = torch.where(far, GAIN, -GAIN).exp2()
     slope, variance = _slope((other - limit * own) * torch.where(far, 1.0, -1.0), ff)
     variance = variance + (math.log(2) * spread * limit * own.sum(0) / ff.sum(0)).square()
-    return stdtr((k - 1).clamp(min=1e-9).cpu(), -(slope / variance.clamp(min=1e-30).sqrt()).nan_to_num(0.0).cpu())
+    t = (slope / variance.clamp(min=1e-30).sqrt()).nan_to_num(0.0)
+    return stdtr((k - 1).clamp(min=1e-9).cpu().numpy(), -t.cpu().numpy())
 
 
 def _gains(cc, m):  # by column, each (n_features,): log2 of how much louder a feature is in A, its interval, q
@@ -330,7 +330,7 @@ def _gains(cc, m):  # by column, each (n_features,): log2 of how much louder a f
     sampling = ((high - low) / (2 * t))[usual].nan_to_num(torch.inf).square().median()
     spread = ((1.4826 * gain[usual].abs().median()).square() - sampling).clamp(min=0).sqrt()
     half = lambda end: torch.where(gain.isfinite(), (gain - end).hypot(t * spread), (gain - end).abs())
-    p = _beyond(other, own, ratio > 1, m.sums.ff, k, spread)[enough.cpu()]
+    p = _beyond(other, own, ratio > 1, m.sums.ff, k, spread)[enough.cpu().numpy()]
     q[enough] = torch.from_numpy(false_discovery_control(p)).to(q)
     low, high = (torch.where(gain.isfinite(), gain + s * half(e), e) for s, e in ((-1, low), (1, high)))
     return {"gain": gain, "gain_low": low, "gain_high": high, "change_q": q, "gain_whole": whole}
