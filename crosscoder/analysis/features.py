@@ -295,8 +295,8 @@ def _strengths(table: pd.DataFrame) -> str:
     counts = table.change[(table.rate > 0) & ~table.label.isin(["A", "B"])].value_counts()
     n = {c: f"{counts.get(c, 0):,}" for c in ("amplified", "suppressed", "unchanged")}
     turned = f", {table.turned.sum():,} turned" if table.turned.any() else ""
-    strengths = f"Amplified in A are {n['amplified']}, suppressed {n['suppressed']}{turned}, as strong as in B"
-    return f" {strengths} {n['unchanged']}."
+    changed = f"{n['amplified']} are amplified in A, {n['suppressed']} suppressed{turned}"
+    return f" Of those in both models {changed}, {n['unchanged']} as strong as in B."
 
 # %% ../../nbs/analysis/42_features.ipynb #fba0d41e
 def _labelled(
