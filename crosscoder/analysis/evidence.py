@@ -312,7 +312,7 @@ def _beyond(other, own, far, ff, k, spread):  # (n_features,) P-value of the rat
     return stdtr((k - 1).clamp(min=1e-9).cpu().numpy(), -t.cpu().numpy())
 
 
-def _gains(cc, m):  # by column, each (n_features,): log2 of how much louder a feature is in A, its interval, q
+def _gains(cc, m) -> dict[str, Tensor]:  # by column, (n_features,): log2 of how much louder it is in A, interval, q
     from scipy.stats import false_discovery_control
 
     (other, own), whole = (_scaling(cc, m, s) for s in _strengths(cc, m))
