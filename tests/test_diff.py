@@ -59,6 +59,16 @@ def test_it_resumes(runs, tmp_path, models, files):
         diff(*models, out=tmp_path / "again", texts=texts, layer=1, **SMALL)
 
 
+def test_a_model_against_itself_is_a_run(models, files, tmp_path):
+    "Nothing acts, nothing is labelled, and every stage and the page are there, the second time too."
+    texts = (f"{files}/fineweb.jsonl*50", f"{files}/toolrl.jsonl*30")
+    for _ in range(2):
+        run = diff(models[1], models[1], out=tmp_path / "null", texts=texts, layer=2, **SMALL)
+        assert run.changes.features is None and (run.path / "report.html").exists()
+        assert not run.features.label.isin(["A", "B"]).any() and not run.features.turned.any()
+        assert not run.features.change.isin(["amplified", "suppressed"]).any()
+
+
 def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(BadInput, match="there is no setting 'layers'; there are model_a, model_b"):
         diff(out=tmp_path / "x", layers=3)

@@ -44,12 +44,13 @@ def compare_features(
     steps: int = 16,  # of each stage of the descent to the directions
     max_tokens: int = 256,  # of a text
     progress: bool = True,
-) -> pd.DataFrame:  # rows of kind direction and feature, most closing first, by source, that of most KL first
+) -> pd.DataFrame | None:  # rows of kind direction and feature, most closing first, by source, that of most KL first
     """What acts in each source: four directions, and features inside 16; what they say, where, and what they close.
 
     Shares are of the ceiling, with 95 % intervals over texts; `write` and what a feature reads are in raw units.
 
-    Sources without a text of their own on both sides are left out; a pair that nothing can be written into has none."""
+    Sources without a text of their own on both sides are left out; where nothing can be written in,
+    or nothing is said differently, there is none."""
     first, rest = some_of_each(texts, each), some_of_each(held_out, measured)
     sources = [s for s in dict.fromkeys(t.source for t in first) if any(t.source == s for t in rest)]
     tables = []
@@ -66,7 +67,7 @@ def compare_features(
                 if fit[0].before.max() > 0 and len(held[0].places):
                     tables.append(_of_source(fit, held, pair, source, named, steps, bar))
     tables.sort(key=lambda t: -t.kl[0])
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 # %% ../../nbs/changes/54_acting.ipynb #fad73a53
 def _beside(held: tuple[Gap, Gap], rows: list[dict], part: Part, control: Part) -> pd.DataFrame:

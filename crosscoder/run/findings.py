@@ -404,6 +404,8 @@ def read_findings(
         except Exception as e:  # noqa: BLE001 - pyarrow has many
             damage = str(e).splitlines()[0]
             raise BadInput(f"{path} is not a whole parquet file: {damage}. Delete {folder} and run again") from None
+    if "features" in tables and tables["features"].empty:  # of a model with itself, as it was written once
+        del tables["features"]
     if "features" in tables and "kind" not in tables["features"]:
         raise BadInput(f"{folder / 'features.parquet'} is from an earlier version: delete {folder} and run again")
     names = tuple(words["names"])

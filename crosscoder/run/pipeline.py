@@ -196,7 +196,7 @@ def prepare(
         cc.to(device)
     if model.differences != 0 and not (Path(out) / MODEL).exists():
         find_differences(cc, part, config, model.differences, Path(out) / DIFFERENCE_FOLDER, progress=progress)
-    if features is not None and "kind" in features and not (Path(out) / MODEL).exists():
+    if features is not None and not (Path(out) / MODEL).exists():
         if not cc.fitted:
             cc.fit_normalizer(part)
         most = min(cc.k, cc.n_shared) // (2 * features.source.nunique())  # all together never more than half of k
