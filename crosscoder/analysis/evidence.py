@@ -260,6 +260,11 @@ def compared(m: Measured) -> tuple[Tensor, Tensor, Tensor]:  # (n_features,), (g
     cap = (usual[1 - own] / each.amax(0)).nan_to_num(1.0).clamp(0, 1)
     return own, torch.where(own == 0, a, b) * cap, torch.where(own == 0, b, a)
 
+
+def _follows(cc, m, reader):  # (n_features,) cosine of the reader's direction with what it does when the feature fires
+    moved = m.fitted.covariance_f.split(list(cc.d_in), 1)
+    return torch.where(reader == 0, *(F.cosine_similarity(cc.directions(i), x) for i, x in enumerate(moved)))
+
 # %% ../../nbs/analysis/41_evidence.ipynb #82b67b7a
 def _slope(y, z):  # sum of y over sum of z, and the square of its standard error over groups
     k, slope = effective_groups(z), y.sum(0) / z.sum(0)
@@ -296,12 +301,38 @@ def decoys(
             out.append(_score(contrast, variance, effective_groups(z))[0])
     return torch.stack(out)
 
-# %% ../../nbs/analysis/41_evidence.ipynb #0d4fcc1e
+# %% ../../nbs/analysis/41_evidence.ipynb #dcb1c166
 GAIN = 0.5  # log2: what is louder or quieter by less than a factor of √2 is unchanged
 TURNED, RELATED = 0.5, 0.8  # cosines: below the first a direction is another, over the second two models have one space
 SHORT = 0.1  # a decoder of less than this share of the other's says nothing of a direction
 
 
+def _aligned(cc, m):  # (n_features,) cosine of the other model's direction with the carried one, nan where it is short
+    out, channels = m.targets.new_full((len(m.owner),), torch.nan), cc.partition.channels
+    norms = torch.stack([cc.decoder[:, c].norm(dim=1) for c in channels])
+    for model, c in enumerate(channels):
+        at = ((m.owner == 1 - model) & (norms[model] > SHORT * norms[1 - model])).nonzero().squeeze(1)
+        out[at] = F.cosine_similarity(cc.directions(model)[at], m.targets[at][:, c])
+    return out
+
+
+# (models, groups, n_features): feature × what a model writes along its direction; and × all it does there
+def _strengths(cc, m, aligned):
+    whole = []
+    for model, c in enumerate(cc.partition.channels):
+        t, mean = m.targets[:, c].double(), m.tested.moments.mean[c]
+        own, off = (cc.directions(model) * t).sum(1), t @ (cc.offset.detach()[c] - mean)
+        whole.append(m.sums.recon[model] + m.sums.error[model] - own * m.sums.ff + off * m.sums.f)
+    whole = torch.stack(whole)
+    return torch.where(aligned.isnan(), whole, m.sums.error), whole
+
+
+def _scaling(cc, m, numerators):  # latent scaling's sums of the other model and of the owner, per unit of direction
+    squares = [m.targets[:, c].double().square().sum(1) for c in cc.partition.channels]
+    a, b = (total / square for total, square in zip(numerators, squares))
+    return torch.where(m.owner == 0, b, a), torch.where(m.owner == 0, a, b)
+
+# %% ../../nbs/analysis/41_evidence.ipynb #0d4fcc1e
 def _beyond(other, own, far, ff, k, spread):  # (n_features,) P-value of the ratio not being beyond ±GAIN
     from scipy.special import stdtr
 
@@ -312,14 +343,16 @@ def _beyond(other, own, far, ff, k, spread):  # (n_features,) P-value of the rat
     return stdtr((k - 1).clamp(min=1e-9).cpu().numpy(), -t.cpu().numpy())
 
 
-def _gains(cc, m) -> dict[str, Tensor]:  # by column, (n_features,): log2 of how much louder it is in A, interval, q
+def _gains(
+    cc, m, aligned
+) -> dict[str, Tensor]:  # by column, (n_features,): log2 of how much louder it is in A, interval, q
     from scipy.stats import false_discovery_control
 
-    (other, own), whole = (_scaling(cc, m, s) for s in _strengths(cc, m))
+    (other, own), whole = (_scaling(cc, m, s) for s in _strengths(cc, m, aligned))
     side, k, enough = torch.where(m.owner == 0, -1.0, 1.0).to(own), effective_groups(m.sums.ff), _enough(m.sums)
     t, log = critical_value(k), lambda ratio: side * ratio.clamp(min=0).log2()
     raw = log(other.sum(0) / own.sum(0))
-    usual = enough & (raw.abs() < 4)
+    usual = enough & (raw.abs() < 4)  # not what one model lacks
     q = torch.full_like(raw, torch.nan)
     if not usual.any():
         return dict.fromkeys(("gain", "gain_low", "gain_high", "change_q", "gain_whole"), q)
@@ -379,7 +412,7 @@ def _table(cc, m):  # -> DataFrame
     for kind, numerators in (("r", s.recon), ("eps", s.error)):
         found = ratio_interval(*_scaling(cc, m, numerators), k)
         columns |= {f"nu_{kind}{end}": v for end, v in zip(("", "_low", "_high"), found)}
-    columns |= {"follows": _follows(cc, m, own), "aligned": _aligned(cc, m), **_gains(cc, m)}
+    columns |= {"follows": _follows(cc, m, own), "aligned": (aligned := _aligned(cc, m)), **_gains(cc, m, aligned)}
     fit, test = (Moments(n, mean.cpu(), cov.cpu()) for n, mean, cov in (m.fitted.moments, m.tested.moments))
     r2 = _affine_r2(Affine(fit, cc.d_in), test, [cc.directions(i) for i in (0, 1)])
     columns |= dict(zip(("affine_r2_a", "affine_r2_b"), r2))
@@ -393,46 +426,12 @@ def _table(cc, m):  # -> DataFrame
     table["nearest"], table["nearest_cosine"] = _nearest_features(cc, m)
     return table.assign(score=score.cpu().numpy(), q_value=q.cpu().numpy()).rename_axis("feature")
 
-
-def _follows(cc, m, reader):  # (n_features,) cosine of the reader's direction with what it does when the feature fires
-    moved = m.fitted.covariance_f.split(list(cc.d_in), 1)
-    return torch.where(reader == 0, *(F.cosine_similarity(cc.directions(i), x) for i, x in enumerate(moved)))
-
-
-def _aligned(cc, m):  # (n_features,) cosine of the other model's direction with the carried one, nan where it is short
-    out, channels = m.targets.new_full((len(m.owner),), torch.nan), cc.partition.channels
-    norms = torch.stack([cc.decoder[:, c].norm(dim=1) for c in channels])
-    for model, c in enumerate(channels):
-        at = ((m.owner == 1 - model) & (norms[model] > SHORT * norms[1 - model])).nonzero().squeeze(1)
-        out[at] = F.cosine_similarity(cc.directions(model)[at], m.targets[at][:, c])
-    return out
-
-
-def _strengths(
-    cc, m
-):  # (models, groups, n_features): feature × what a model writes along its direction, and all it does
-    whole = []
-    for model, c in enumerate(cc.partition.channels):
-        t, mean = m.targets[:, c].double(), m.tested.moments.mean[c]
-        own, off = (cc.directions(model) * t).sum(1), t @ (cc.offset.detach()[c] - mean)
-        whole.append(m.sums.recon[model] + m.sums.error[model] - own * m.sums.ff + off * m.sums.f)
-    whole = torch.stack(whole)
-    return torch.where(_aligned(cc, m).isnan(), whole, m.sums.error), whole
-
-
-def _scaling(cc, m, numerators):  # latent scaling's sums of the other model and of the owner, per unit of direction
-    squares = [m.targets[:, c].double().square().sum(1) for c in cc.partition.channels]
-    a, b = (total / square for total, square in zip(numerators, squares))
-    return torch.where(m.owner == 0, b, a), torch.where(m.owner == 0, a, b)
-
 # %% ../../nbs/analysis/41_evidence.ipynb #2a89be7a
 def label_features(
     table: pd.DataFrame,  # from `evidence`
     q: float = 0.05,  # share of false ones to accept among those labelled A or B, and among those that changed
-) -> (
-    pd.DataFrame
-):  # label: A, B, shared, undecided or dead; q_value; change: amplified, suppressed, unchanged, undecided; turned
-    "Whose each is: A or B needs a q-value and an interval of `share` below a quarter, shared one above.; its change."
+) -> pd.DataFrame:  # label: A, B, shared, undecided, dead; q_value; change; turned
+    "Whose each feature is: A or B by q-value, interval of `share` and direction; and what happened to it."
     exclusive = (table.q_value <= q) & (table.share_high < LIMIT**2) & (table.follows > FOLLOWS)
     label = np.select(
         [table.rows_fired == 0, exclusive, table.q_value.notna() & (table.share_low > LIMIT**2)],

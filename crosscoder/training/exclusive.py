@@ -180,8 +180,8 @@ def probe_r2(
     fired, total, square, with_x = _sums(candidates, part, guess, m, max_rows)
     variance = (square / n - (total / n).square()).clamp(min=1e-30)
     covariance = with_x / n
-    found, a = {"fired": fired.numpy()}, part.d_in[0]
-    for name, c in {"a": slice(0, a), "b": slice(a, None)}.items():
+    found = {"fired": fired.numpy()}
+    for name, c in zip("ab", candidates.partition.channels):
         r2 = _explained(covariance[:, c], m.cov[c, c]) / variance
         d = len(m.cov[c, c])
         corrected = 1 - (1 - r2) * (n - 1) / max(1, n - d - 1)
@@ -247,8 +247,7 @@ def vary_together(
     square = torch.zeros(n, len(total), dtype=torch.float64)
     for some in rows.split(4096):
         r = view.take(some)
-        f = candidates.codes(r).dense()[:, which].cpu()
-        both = torch.cat([f, *(x.cpu() for x in r)], 1).double()
+        both = torch.cat([candidates.codes(r).dense()[:, which].cpu(), *(x.cpu() for x in r)], 1).double()
         total += both.sum(0)
         square += both[:, :n].T @ both
     ff, *fr = (square / len(rows) - torch.outer(total[:n], total) / len(rows) ** 2).split([n, *part.d_in], 1)
@@ -402,9 +401,10 @@ def find_differences(
         guess = Network(m, cc.d_in, config.seed).fit(part, config, progress)
     small = train_candidates(cc, part, guess, config, candidates, out, progress)
     selected = select_features(probe_r2(small, part, guess, m))
-    together = vary_together(small, part, guess, selected.index[selected.kept].tolist())
-    selected = drop_redundant(selected, together)
-    rewrite(small, selected, together)
+    if which := selected.index[selected.kept].tolist():
+        together = vary_together(small, part, guess, which)
+        selected = drop_redundant(selected, together)
+        rewrite(small, selected, together)
     initialize_exclusive(cc, small, selected, guess)
     a, b = guess.unexplained
     selected.attrs = {"guess": type(guess).__name__.lower(), "unexplained_a": a, "unexplained_b": b}
