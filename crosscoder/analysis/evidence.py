@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..basics import BadInput, evenly_spaced
 from ..model.sparse import dots, sum_by_feature
-from ..stats import Affine, Moments, critical_value, effective_groups, q_values, ratio_interval
+from ..stats import Moments, critical_value, effective_groups, q_values, ratio_interval
 
 # %% ../../nbs/analysis/41_evidence.ipynb #8c9e8116
 class RunningMoments:
@@ -67,20 +67,6 @@ class RunningMoments:
     @property
     def covariance_f(self):
         return self.fx / self.n - torch.outer(self.f, self.x) / self.n**2  # (n_features, Σd)
-
-# %% ../../nbs/analysis/41_evidence.ipynb #6212d33c
-# `Affine` of other rows, moments of the held-out rows, (n_features, d_m) of each model -> for each (n_features,)
-def _affine_r2(guess, tested, directions):
-    _, mean, cov = tested
-    matrix, off, out, start = guess.matrix.double(), guess(mean.float()).double(), [], 0
-    left = matrix @ cov @ matrix.T
-    for d in directions:
-        u, c = F.normalize(d.double().cpu()), slice(start, start := start + d.shape[1])
-        total = ((u @ cov[c, c]) * u).sum(1)
-        out.append(
-            torch.where(total > 0, 1 - (((u @ left[c, c]) * u).sum(1) + (u @ off[c]).square()) / total, torch.nan)
-        )  # nan without a direction
-    return out
 
 # %% ../../nbs/analysis/41_evidence.ipynb #1a38d72d
 def _inverse(cov, ridge=1e-3):  # of the covariance with a ridge, relative to the mean variance of a channel
@@ -261,9 +247,11 @@ def compared(m: Measured) -> tuple[Tensor, Tensor, Tensor]:  # (n_features,), (g
     return own, torch.where(own == 0, a, b) * cap, torch.where(own == 0, b, a)
 
 
-def _follows(cc, m, reader):  # (n_features,) cosine of the reader's direction with what it does when the feature fires
-    moved = m.fitted.covariance_f.split(list(cc.d_in), 1)
-    return torch.where(reader == 0, *(F.cosine_similarity(cc.directions(i), x) for i, x in enumerate(moved)))
+def _movements(cc, m, reader):  # (n_features,) each: does its reader follow its direction; what A does besides (log2)
+    moved, ways = (x.split(list(cc.d_in), 1) for x in (m.fitted.covariance_f, m.targets))
+    cosines = (F.cosine_similarity(cc.directions(i), x) for i, x in enumerate(moved))
+    a, b = ((x - (x * u).sum(1, keepdim=True) * u).norm(dim=1).log2() for x, u in zip(moved, map(F.normalize, ways)))
+    return {"follows": torch.where(reader == 0, *cosines), "besides": a - b - (a - b)[_enough(m.sums)].nanmedian()}
 
 # %% ../../nbs/analysis/41_evidence.ipynb #82b67b7a
 def _slope(y, z):  # sum of y over sum of z, and the square of its standard error over groups
@@ -412,10 +400,7 @@ def _table(cc, m):  # -> DataFrame
     for kind, numerators in (("r", s.recon), ("eps", s.error)):
         found = ratio_interval(*_scaling(cc, m, numerators), k)
         columns |= {f"nu_{kind}{end}": v for end, v in zip(("", "_low", "_high"), found)}
-    columns |= {"follows": _follows(cc, m, own), "aligned": (aligned := _aligned(cc, m)), **_gains(cc, m, aligned)}
-    fit, test = (Moments(n, mean.cpu(), cov.cpu()) for n, mean, cov in (m.fitted.moments, m.tested.moments))
-    r2 = _affine_r2(Affine(fit, cc.d_in), test, [cc.directions(i) for i in (0, 1)])
-    columns |= dict(zip(("affine_r2_a", "affine_r2_b"), r2))
+    columns |= {**_movements(cc, m, own), "aligned": (aligned := _aligned(cc, m)), **_gains(cc, m, aligned)}
     table = pd.DataFrame(
         {
             "owner": names[m.owner.cpu()],
@@ -426,11 +411,25 @@ def _table(cc, m):  # -> DataFrame
     table["nearest"], table["nearest_cosine"] = _nearest_features(cc, m)
     return table.assign(score=score.cpu().numpy(), q_value=q.cpu().numpy()).rename_axis("feature")
 
+# %% ../../nbs/analysis/41_evidence.ipynb #808cb695
+def _turned_q(
+    aligned,
+):  # (n_features,) q-value of a cosine that is lower than the others vary; nan for unrelated spaces
+    from scipy.special import ndtr
+    from scipy.stats import false_discovery_control
+
+    q = pd.Series(np.nan, aligned.index)
+    if (some := aligned.dropna()).median() > RELATED:
+        z = np.arctanh(some.clip(upper=1 - 1e-6))
+        spread = 1.4826 * (z - z.median()).abs().median()
+        q[some.index] = false_discovery_control(ndtr((z - z.median()) / max(spread, 1e-6)))
+    return q
+
 # %% ../../nbs/analysis/41_evidence.ipynb #2a89be7a
 def label_features(
     table: pd.DataFrame,  # from `evidence`
     q: float = 0.05,  # share of false ones to accept among those labelled A or B, and among those that changed
-) -> pd.DataFrame:  # label: A, B, shared, undecided, dead; q_value; change; turned
+) -> pd.DataFrame:  # label: A, B, shared, undecided, dead; q_value; change; turned, turned_q
     "Whose each feature is: A or B by q-value, interval of `share` and direction; and what happened to it."
     exclusive = (table.q_value <= q) & (table.share_high < LIMIT**2) & (table.follows > FOLLOWS)
     label = np.select(
@@ -439,11 +438,13 @@ def label_features(
         "undecided",
     )
     read = table.share_low > LIMIT**2  # in both models
-    turned = read & (table.aligned < TURNED) & (table.aligned.median() > RELATED)
-    beyond = (table.change_q <= q) & ~turned & ~(read & table.aligned.isna())
-    louder = beyond & (table.gain_low > GAIN) & (table.gain_whole > GAIN / 2)
-    quieter = beyond & (table.gain_high < -GAIN) & (table.gain_whole < -GAIN / 2)
+    turned_q = _turned_q(table.aligned.where(read))
+    turned = (turned_q <= q) & (table.aligned < TURNED)
+    besides = table.besides.where(read & table.aligned.isna(), 0)  # what has turned is in one model only, and elsewhere
+    beyond = (table.change_q <= q) & ~turned
+    louder = beyond & (table.gain_low > GAIN) & (table.gain_whole > GAIN / 2) & (besides > -GAIN)
+    quieter = beyond & (table.gain_high < -GAIN) & (table.gain_whole < -GAIN / 2) & (besides < GAIN)
     alike = (table.gain_low > -GAIN) & (table.gain_high < GAIN) & ~turned
     change = np.select([louder, quieter, alike], ["amplified", "suppressed", "unchanged"], "undecided")
-    said = {"label": label, "q_value": table.q_value, "change": change, "turned": turned}
+    said = {"label": label, "q_value": table.q_value, "change": change, "turned": turned, "turned_q": turned_q}
     return pd.DataFrame(said, index=table.index)

@@ -220,4 +220,6 @@ def highlights(
         found["amplified"] = both[both.change == "amplified"].sort_values("gain_low", ascending=False).index
         found["suppressed"] = both[both.change == "suppressed"].sort_values("gain_high").index
         found["turned"] = both[both.turned].sort_values("aligned").index
+    if "context_moved" in alive:
+        found["context_moved"] = alive[alive.context_moved].sort_values("context_moved_q").index
     return by_source, {p: index[:n].tolist() for p, index in found.items() if len(index)}

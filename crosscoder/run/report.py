@@ -84,6 +84,7 @@ NAMES = {
     "amplified": "amplified in A",
     "suppressed": "suppressed in A",
     "turned": "turned",
+    "context_moved": "written at other places",
 }  # labels in words
 
 
@@ -162,6 +163,7 @@ MEANS = {
     "amplified": "Both models have them, and A writes more than √2 times as much along them as B.",
     "suppressed": "Both models have them, and A writes less than 1/√2 of what B does along them.",
     "turned": "Both models have them, and A writes them along another direction than B.",
+    "context_moved": "One model writes here what the other writes at other places: two features along one direction.",
 }
 
 # %% ../../nbs/run/62_report.ipynb #b9a0a52d
