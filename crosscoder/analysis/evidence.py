@@ -304,15 +304,14 @@ def _aligned(cc, m):  # (n_features,) cosine of the other model's direction with
     return out
 
 
-# (models, groups, n_features): feature × what a model writes along its direction; and × all it does there
-def _strengths(cc, m, aligned):
+# (models, groups, n_features): feature × all that a model does along its direction; and × what others do not say of it
+def _strengths(cc, m):
     whole = []
     for model, c in enumerate(cc.partition.channels):
         t, mean = m.targets[:, c].double(), m.tested.moments.mean[c]
         own, off = (cc.directions(model) * t).sum(1), t @ (cc.offset.detach()[c] - mean)
         whole.append(m.sums.recon[model] + m.sums.error[model] - own * m.sums.ff + off * m.sums.f)
-    whole = torch.stack(whole)
-    return torch.where(aligned.isnan(), whole, m.sums.error), whole
+    return torch.stack(whole), m.sums.error
 
 
 def _scaling(cc, m, numerators):  # latent scaling's sums of the other model and of the owner, per unit of direction
@@ -331,21 +330,20 @@ def _beyond(other, own, far, ff, k, spread):  # (n_features,) P-value of the rat
     return stdtr((k - 1).clamp(min=1e-9).cpu().numpy(), -t.cpu().numpy())
 
 
-def _gains(
-    cc, m, aligned
-) -> dict[str, Tensor]:  # by column, (n_features,): log2 of how much louder it is in A, interval, q
+def _gains(cc, m) -> dict[str, Tensor]:  # by column, (n_features,): log2 of how much louder it is in A, interval, q
     from scipy.stats import false_discovery_control
 
-    (other, own), whole = (_scaling(cc, m, s) for s in _strengths(cc, m, aligned))
+    (other, own), apart = (_scaling(cc, m, s) for s in _strengths(cc, m))
     side, k, enough = torch.where(m.owner == 0, -1.0, 1.0).to(own), effective_groups(m.sums.ff), _enough(m.sums)
     t, log = critical_value(k), lambda ratio: side * ratio.clamp(min=0).log2()
     raw = log(other.sum(0) / own.sum(0))
     usual = enough & (raw.abs() < 4)  # not what one model lacks
     q = torch.full_like(raw, torch.nan)
     if not usual.any():
-        return dict.fromkeys(("gain", "gain_low", "gain_high", "change_q", "gain_whole"), q)
+        return dict.fromkeys(("gain", "gain_low", "gain_high", "change_q", "gain_apart"), q)
     other = other * (-side * raw[usual].median()).exp2()
-    whole = log(whole[0].sum(0) / whole[1].sum(0)) - raw[usual].median()
+    apart = log(apart[0].sum(0) / apart[1].sum(0))
+    apart = apart - apart[usual].median()
     ratio, *ends = ratio_interval(other, own, k)
     gain, (low, high) = log(ratio), torch.stack([log(e) for e in ends]).sort(0).values
     sampling = ((high - low) / (2 * t))[usual].nan_to_num(torch.inf).square().median()
@@ -354,7 +352,7 @@ def _gains(
     p = _beyond(other, own, ratio > 1, m.sums.ff, k, spread)[enough.cpu().numpy()]
     q[enough] = torch.from_numpy(false_discovery_control(p)).to(q)
     low, high = (torch.where(gain.isfinite(), gain + s * half(e), e) for s, e in ((-1, low), (1, high)))
-    return {"gain": gain, "gain_low": low, "gain_high": high, "change_q": q, "gain_whole": whole}
+    return {"gain": gain, "gain_low": low, "gain_high": high, "change_q": q, "gain_apart": apart}
 
 # %% ../../nbs/analysis/41_evidence.ipynb #aa0b7b17
 # (n_features,) the other feature whose direction in the other model is closest, and the cosine
@@ -400,7 +398,7 @@ def _table(cc, m):  # -> DataFrame
     for kind, numerators in (("r", s.recon), ("eps", s.error)):
         found = ratio_interval(*_scaling(cc, m, numerators), k)
         columns |= {f"nu_{kind}{end}": v for end, v in zip(("", "_low", "_high"), found)}
-    columns |= {**_movements(cc, m, own), "aligned": (aligned := _aligned(cc, m)), **_gains(cc, m, aligned)}
+    columns |= {**_movements(cc, m, own), "aligned": _aligned(cc, m), **_gains(cc, m)}
     table = pd.DataFrame(
         {
             "owner": names[m.owner.cpu()],
@@ -441,9 +439,10 @@ def label_features(
     turned_q = _turned_q(table.aligned.where(read))
     turned = (turned_q <= q) & (table.aligned < TURNED)
     besides = table.besides.where(read & table.aligned.isna(), 0)  # what has turned is in one model only, and elsewhere
+    apart = table.gain_apart.where(table.aligned.notna(), table.gain)
     beyond = (table.change_q <= q) & ~turned
-    louder = beyond & (table.gain_low > GAIN) & (table.gain_whole > GAIN / 2) & (besides > -GAIN)
-    quieter = beyond & (table.gain_high < -GAIN) & (table.gain_whole < -GAIN / 2) & (besides < GAIN)
+    louder = beyond & (table.gain_low > GAIN) & (apart > GAIN / 4) & (besides > -GAIN)
+    quieter = beyond & (table.gain_high < -GAIN) & (apart < -GAIN / 4) & (besides < GAIN)
     alike = (table.gain_low > -GAIN) & (table.gain_high < GAIN) & ~turned
     change = np.select([louder, quieter, alike], ["amplified", "suppressed", "unchanged"], "undecided")
     said = {"label": label, "q_value": table.q_value, "change": change, "turned": turned, "turned_q": turned_q}

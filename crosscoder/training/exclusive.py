@@ -156,7 +156,7 @@ def train_candidates(
 ) -> CrossCoder:
     "A dictionary of the residuals: what one model cannot say of the other."
     rows = unpredicted_rows(Residuals(part, guess))
-    size = min(n or max(cc.d_in), cc.dict_size)
+    size = min(n or max(*cc.d_in, cc.dict_size // 2), cc.dict_size)
     k = max(1, cc.k // 8)
     small = CrossCoder(cc.d_in, size, k, activation="batchtopk", seed=config.seed, equal_start=False)
     if progress:
@@ -174,13 +174,15 @@ def probe_r2(
     guess: Affine | Network,
     m: Moments,
     max_rows: int = 262_144,  # of more rows, this many are looked at, spread evenly
-) -> pd.DataFrame:  # per candidate: fired (rows over half its largest activation), probe_r2_a, probe_r2_b
+) -> (
+    pd.DataFrame
+):  # per candidate: fired (rows over half its largest activation), noise (σ of R²), probe_r2_a, probe_r2_b
     "How well each candidate can be read off each model alone."
     n = len(evenly_spaced(part, max_rows))
     fired, total, square, with_x = _sums(candidates, part, guess, m, max_rows)
     variance = (square / n - (total / n).square()).clamp(min=1e-30)
     covariance = with_x / n
-    found = {"fired": fired.numpy()}
+    found = {"fired": fired.numpy(), "noise": (2 * max(candidates.d_in)) ** 0.5 / n}
     for name, c in zip("ab", candidates.partition.channels):
         r2 = _explained(covariance[:, c], m.cov[c, c]) / variance
         d = len(m.cov[c, c])
@@ -220,7 +222,7 @@ def select_features(
     "Which model a candidate would belong to, and whether it is worth a place."
     a, b = candidates.probe_r2_a, candidates.probe_r2_b
     own, other = a.where(a > b, b), b.where(a > b, a)
-    one_sided = (other < at_most * own) & (own > 0.01)
+    one_sided = (other < at_most * own) & (own > 5 * candidates.noise)
     model = (a > b).map({True: "A", False: "B"})
     return candidates.assign(model=model, kept=one_sided & (candidates.fired >= fired))
 
