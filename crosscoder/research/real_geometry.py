@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'TOGETHER', 'HALF', 'MOST', 'Changes', 'draw_changes', 'Changed', 'changed_scores']
 
-# %% ../../nbs/research/97_real_geometry.ipynb #5eba752f
+# %% ../../nbs/research/97_real_geometry.ipynb #c93dac5f
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from ..basics import BadInput
 from ..data.store import ActivationStore, StorePart
 from ..model.crosscoder import CrossCoder
 
-# %% ../../nbs/research/97_real_geometry.ipynb #9eab3f55
+# %% ../../nbs/research/97_real_geometry.ipynb #d41aefe5
 KINDS = ("added", "amplified", "suppressed", "moved")
 TOGETHER = 4  # tokens that a direction is added at
 
@@ -39,7 +39,7 @@ class Changes:
         "What A has more of each direction than B."
         return self.in_a - self.in_b
 
-# %% ../../nbs/research/97_real_geometry.ipynb #11390e5a
+# %% ../../nbs/research/97_real_geometry.ipynb #2bf67d0f
 def _tokens(store: ActivationStore) -> np.ndarray:  # (rows,) as they are written
     texts, r = store.texts.text.to_numpy(), store.rows
     return np.array([texts[t][a:b] for t, a, b in zip(r.text, r.start, r.end)], dtype=object)
@@ -88,7 +88,7 @@ def draw_changes(
     directions, in_a, in_b = map(torch.stack, tensors)
     return Changes(np.array(kinds), list(tokens), directions, in_a.T, in_b.T)
 
-# %% ../../nbs/research/97_real_geometry.ipynb #b5c8f14c
+# %% ../../nbs/research/97_real_geometry.ipynb #5463c734
 class Changed(StorePart):
     "Some rows of a store, both models made of one of them and the changes."
 
@@ -112,7 +112,7 @@ class Changed(StorePart):
         both = tuple(x + written[at] @ self.changes.directions for written in (self.changes.in_a, self.changes.in_b))
         return both if out is None else tuple(o.copy_(y) for o, y in zip(out, both))
 
-# %% ../../nbs/research/97_real_geometry.ipynb #53b9fe58
+# %% ../../nbs/research/97_real_geometry.ipynb #38fee168
 HALF, MOST = 0.5, 0.8  # shares of a feature's squared values
 
 
