@@ -23,7 +23,7 @@ class ModelConfig:
     dict_size: int | None = None  # number of features; 8 times the wider model by default
     k: int = 48  # active features a token
     # candidates for features of one model alone, from what the other cannot predict;
-    # by default as many as the wider model has channels, 0 for none
+    # by default half as many as the dictionary has, or as the wider model has channels; 0 for none
     differences: int | None = None
     # features that may write to A alone and to B alone (a DFC),
     # as fractions of the dictionary (0.05) or counts (230)

@@ -150,7 +150,7 @@ def train_candidates(
     part: ActivationStore | StorePart,
     guess: Affine | Network,
     config: TrainConfig,
-    n: int | None = None,  # how many; as many as the wider model has channels if left out
+    n: int | None = None,  # how many; half as many as the dictionary has, or as the wider model has channels
     out: str | Path | None = None,  # folder of the training
     progress: bool = True,
 ) -> CrossCoder:
@@ -383,7 +383,8 @@ def find_differences(
     cc: CrossCoder,  # two models; changed in place
     part: ActivationStore | StorePart,  # the training part
     config: TrainConfig | None = None,  # of the candidates' training, and of the network's; defaults if left out
-    candidates: int | None = None,  # features to look for; as many as the wider model has channels if left out
+    candidates: int
+    | None = None,  # features to look for; half as many as the dictionary has, or as the wider model has channels
     out: str | Path | None = None,  # folder for the result
     progress: bool = True,  # show progress bars
 ) -> pd.DataFrame:  # per candidate: fired, probe_r2_a, probe_r2_b, model, kept; `attrs` has the guess
