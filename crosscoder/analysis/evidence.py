@@ -247,11 +247,13 @@ def compared(m: Measured) -> tuple[Tensor, Tensor, Tensor]:  # (n_features,), (g
     return own, torch.where(own == 0, a, b) * cap, torch.where(own == 0, b, a)
 
 
-def _movements(cc, m, reader):  # (n_features,) each: does its reader follow its direction; what A does besides (log2)
+def _movements(cc, m, reader):  # (n_features,): does its reader follow its direction; how much more A does (log2)
     moved, ways = (x.split(list(cc.d_in), 1) for x in (m.fitted.covariance_f, m.targets))
     cosines = (F.cosine_similarity(cc.directions(i), x) for i, x in enumerate(moved))
-    a, b = ((x - (x * u).sum(1, keepdim=True) * u).norm(dim=1).log2() for x, u in zip(moved, map(F.normalize, ways)))
-    return {"follows": torch.where(reader == 0, *cosines), "besides": a - b - (a - b)[_enough(m.sums)].nanmedian()}
+    rest = [x - (x * u).sum(1, keepdim=True) * u for x, u in zip(moved, map(F.normalize, ways))]
+    more = [(a.norm(dim=1) / b.norm(dim=1)).log2() for a, b in (moved, rest)]
+    moves, besides = (x - x[_enough(m.sums)].nanmedian() for x in more)
+    return {"follows": torch.where(reader == 0, *cosines), "moves": moves, "besides": besides}
 
 # %% ../../nbs/analysis/41_evidence.ipynb #82b67b7a
 def _slope(y, z):  # sum of y over sum of z, and the square of its standard error over groups
@@ -436,13 +438,12 @@ def label_features(
         "undecided",
     )
     read = table.share_low > LIMIT**2  # in both models
-    turned_q = _turned_q(table.aligned.where(read))
+    turned_q, missing = _turned_q(table.aligned.where(read)), read & table.aligned.isna()  # gone, or elsewhere
     turned = (turned_q <= q) & (table.aligned < TURNED)
-    besides = table.besides.where(read & table.aligned.isna(), 0)  # what has turned is in one model only, and elsewhere
-    apart = table.gain_apart.where(table.aligned.notna(), table.gain)
+    apart, besides = table.gain_apart.where(~missing, table.gain), table.besides.where(missing, 0)
     beyond = (table.change_q <= q) & ~turned
-    louder = beyond & (table.gain_low > GAIN) & (apart > GAIN / 4) & (besides > -GAIN)
-    quieter = beyond & (table.gain_high < -GAIN) & (apart < -GAIN / 4) & (besides < GAIN)
+    louder = beyond & (table.gain_low > GAIN) & (apart > GAIN / 4) & (table.moves > -GAIN / 4) & (besides > -GAIN)
+    quieter = beyond & (table.gain_high < -GAIN) & (apart < -GAIN / 4) & (table.moves < GAIN / 4) & (besides < GAIN)
     alike = (table.gain_low > -GAIN) & (table.gain_high < GAIN) & ~turned
     change = np.select([louder, quieter, alike], ["amplified", "suppressed", "unchanged"], "undecided")
     said = {"label": label, "q_value": table.q_value, "change": change, "turned": turned, "turned_q": turned_q}
