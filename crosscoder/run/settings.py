@@ -21,14 +21,18 @@ class PairConfig:
     model_a: str | None = None  # the fine-tuned model: a folder or a name on the hub
     model_b: str | None = None  # its base, likewise
     device: str | None = None  # e.g. cuda, or cuda:0,cuda:1 for one each; by default a GPU if there is one
+    dtype: str | None = None  # float32, bfloat16 or float16; by default bfloat16 where the device calculates in it
+    tokenizer: str | None = None  # one for both models, where theirs differ: a folder or a name on the hub
+    revision: str | None = None  # branch, tag or commit on the hub; or two, as in step1000,main, one for each model
+    template: str | None = None  # whose chat template chats are written with, A or B; by default A's, else B's
 
 
 @dataclass
 class TextConfig:
     "What both models read."
 
-    # tools or prose (embedded), fineweb, toolrl, owner/name on the hub, or a .jsonl, .parquet or .txt file;
-    # *N for N texts; once for each
+    # tools or prose (embedded), fineweb, toolrl, owner/name[:config[:split]] on the hub, or a .jsonl, .json, .parquet
+    # or .txt file (.gz and .zst too), a folder of them or a pattern; *N for N texts; once for each
     texts: tuple = ("tools*140", "prose*360")
     column: str | None = None  # column that holds the text, for files and hub data sets
     shuffle: bool = True  # mix the sources; otherwise one after the other
@@ -44,6 +48,7 @@ class ExtractConfig:
     tokens: str = "all"  # all tokens of a text, or its last
     max_tokens: int = 512  # tokens of a text beyond this are cut off, and counted
     max_norm: float = 10.0  # with all tokens: leave out those whose norm is over this multiple of the median
+    batch_tokens: int | None = None  # tokens in a forward pass, with filling; by default 2048 on a CPU, 16384 on a GPU
 
     def number(self) -> int | str | None:
         "The layer as a number, or auto, or None; anything else raises `BadInput`."
@@ -130,6 +135,12 @@ def check_settings(
     for cls in CONFIGS:
         make(cls, settings)
     make(ExtractConfig, settings).number()
+    for name, known in {"dtype": ("float32", "bfloat16", "float16"), "template": ("A", "B")}.items():
+        if settings[name] not in (None, *known):
+            raise BadInput(f"{name} is {settings[name]!r}: expected one of {', '.join(known)}")
+    of_named = [name for name in ("tokenizer", "revision", "template") if settings[name]]
+    if of_named and settings["model_a"] is None:
+        raise BadInput(f"{of_named[0]} is for models that are named, and none is: give --model-a and --model-b")
     for name in ("output_texts", "layer_texts"):
         if settings[name] < 1:
             raise BadInput(f"{name} is {settings[name]}: expected at least 1")
