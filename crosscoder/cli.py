@@ -47,7 +47,7 @@ from crosscoder.run.settings import (
     RepeatConfig,
     SplitConfig,
     TextConfig,
-    check_settings,
+    check_two,
     resolve,
 )
 from .sweep.grid import RunSpec, asked_specs, card_specs, check_cluster, check_specs, settings_of
@@ -141,20 +141,7 @@ Project = Annotated[
 ]
 Device = Annotated[str | None, _own("Where to train, e.g. cuda.")]
 Show = Annotated[int, _own("How many features of each source to print, those with the highest AUROC.", panel=None)]
-Null = Annotated[bool, _own("A and B may be one model: what is found then is what chance finds.", "--null", panel=None)]
-
-
-def _check_two(given: dict, preset: str, null: bool) -> None:
-    "`BadInput` where A and B are the same files by mistake."
-    s = resolve({k: v for k, v in given.items() if k in ("model_a", "model_b", "revision")}, preset)
-    a, b, revisions = s["model_a"], s["model_b"], (s["revision"] or "").split(",")
-    if null or a is None or b is None or revisions[0] != revisions[-1]:
-        return
-    if a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).resolve() == Path(b).resolve()):
-        raise BadInput(
-            f"A and B are both {a!r}: there is no difference to find. Name the base as --model-b, "
-            "or say --null if a comparison of a model with itself is meant"
-        )
+Null = Annotated[bool, _own("A and B may be one model: what is found then is what chance finds.", "--null")]
 
 # %% ../nbs/80_cli.ipynb #517a02e2
 Stat = Annotated[bool, _own("Weights, predictions and layers only, on a few texts; no dictionary, no files.", "--stat")]
@@ -211,7 +198,7 @@ def diff_command(
     null: Null = False,
 ) -> None:
     "All stages, and a summary."
-    _check_two(given, preset, null)
+    check_two(given, preset, null)
     gates = [parse_gate(g) for g in fail_on or []]
     command = ["crosscoder", *sys.argv[1:]]
     with redirect_stdout(sys.stderr) if json else nullcontext():
@@ -229,10 +216,8 @@ def diff_command(
 @command("extract", PairConfig, TextConfig, ExtractConfig)
 def extract_command(given: dict, out: Out = RUN, preset: Preset = "default", null: Null = False) -> None:
     "Run the texts through both models and keep their activations."
-    _check_two(given, preset, null)
-    settings = resolve(given, preset)
-    check_settings(settings)
-    print(repr(extract_stage(out, settings)))
+    check_two(given, preset, null)
+    print(repr(extract_stage(out, resolve(given, preset))))
 
 
 @command("train", SplitConfig, ModelConfig, TrainConfig, RepeatConfig)
@@ -357,9 +342,8 @@ def sweep_command(
     null: Null = False,
 ) -> None:
     "Train a grid and say what each axis does."
-    source = "card" if preset == "card" and scale == 1 else "default"
-    _check_two(given, source, null)
-    s = resolve({**given, "project": project}, source)
+    s = resolve({**given, "project": project}, "card" if preset == "card" and scale == 1 else "default")
+    check_two(s, "default", null)
     if preset == "card":
         s["project"] = project or CARD_PROJECT
     has_grid = bool(grid or axis or preset == "card")
@@ -377,8 +361,8 @@ def sweep_command(
     if wandb_agent:
         return serve_agent(wandb_agent, specs, _base(preset, scale, given), s["project"], where, device)
     if ray:
-        everywhere = on_all_nodes(store) if store else None
-        table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=everywhere)
+        source = on_all_nodes(store) if store else None
+        table = run_sweep_on_ray(specs, **where, address=ray, cpus=cpus, gpus=gpus, runs=runs, source=source)
     else:
         table = run_sweep(specs, **where, device=device)
     write_overviews(out, table)

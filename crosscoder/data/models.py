@@ -110,7 +110,7 @@ def _from_adapter(
     except BadInput as e:
         raise BadInput(f"{str(source)!r} is an adapter on {name!r}. {e}") from None
     embedding = next(n for n, m in base.named_modules() if m is base.get_input_embeddings())
-    how = {} if revision is None else {"revision": revision}
+    how: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         with warnings.catch_warnings(record=True) as said, quiet_loading():
             saved = load_peft_weights(str(source), device="cpu", **how)
@@ -147,14 +147,17 @@ def _load_model(
     is_module = isinstance(source, nn.Module)
     if is_module:
         model = _lend(source if learned_prompt(source) else inner_model(source))
-        wanted = {"device": device, "dtype": dtype}
+        wanted: dict[str, Any] = {"device": device, "dtype": dtype}
     else:
         wanted = {"device": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
-        model = _from_files(source, dtype or default_dtype(wanted["device"]), revision).eval().requires_grad_(False)
+        model: Any = _from_files(source, dtype or default_dtype(wanted["device"]), revision)
+        model = model.eval().requires_grad_(False)
     wanted = {k: v for k, v in wanted.items() if v is not None}
     if not wanted or (not is_module and getattr(model, "is_quantized", False)):
         return model
     try:
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError("It is brought in piece by piece.")
         return model.to(**wanted)
     except (ValueError, NotImplementedError, RuntimeError) as e:
         asked = " and ".join(f"{k} {v}" for k, v in wanted.items())
@@ -290,7 +293,11 @@ def _weights_fingerprint(model: nn.Module) -> str:
     heads = {}
     with torch.inference_mode():
         for prefix, m in model.named_modules():
-            with align_module_device(m, "cpu") if any(p.is_meta for p in m.parameters(False)) else nullcontext():
+            with (
+                align_module_device(m, torch.device("cpu"))
+                if any(p.is_meta for p in m.parameters(False))
+                else nullcontext()
+            ):
                 own = m.named_parameters(prefix, recurse=False)
                 heads |= {name: p.reshape(-1)[:8].to("cpu", torch.float32) for name, p in own}
     for name, p in model.named_parameters():

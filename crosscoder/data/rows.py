@@ -64,12 +64,13 @@ def _content(
         return ""
     if not isinstance(content, list):
         return check_string(content, where)
-    parts = [p if isinstance(p, str) else p.get("text") if isinstance(p, dict) else None for p in content]
-    for part, p in zip(parts, content):
+    parts = []
+    for p in content:
+        part = p.get("text") if isinstance(p, dict) else p
         if part is None:
             kind = p.get("type") if isinstance(p, dict) else type(p).__name__
             raise BadInput(f"{where} has a part of type {kind!r}; only text is read.")
-        check_string(part, where)
+        parts.append(check_string(part, where))
     return "".join(parts)
 
 
@@ -125,7 +126,7 @@ def render_chat(
 # %% ../../nbs/data/19_rows.ipynb #d84d48ca
 _CHATS = ("messages", "conversations", "conversation")
 _TURNS = (("instruction", "input", "output"), ("instruction", "output"), ("prompt", "completion"))
-_KNOWN = (("text",), *((name,) for name in _CHATS), *_TURNS)
+_KNOWN: list[tuple[str, ...]] = [("text",), *((name,) for name in _CHATS), *_TURNS]
 
 
 def columns_of_text(
@@ -135,7 +136,7 @@ def columns_of_text(
 ) -> tuple[str, ...]:
     "The columns that make the text; raises `BadInput` if they are not there."
     found = list(found)
-    for names in ((column,),) if column else _KNOWN:
+    for names in [(column,)] if column else _KNOWN:
         if all(name in found for name in names):
             return names
     known = "'text', 'messages', 'conversations', or 'instruction' with 'input' and 'output'"
@@ -163,16 +164,17 @@ def row_text(
 ) -> str:
     "The text of one row; empty where the value is missing; raises `BadInput`."
     names = columns_of_text(row, column, where)
-    if len(names) > 1:
+    name, *more = names
+    if more:
         return render_chat(_turns(row, names), tokenizer, where)
-    value = row[names[0]]
-    where = f"{where}: column {names[0]!r}"
-    if names[0] in _CHATS and isinstance(value, str) and value.lstrip().startswith("["):
+    value = row[name]
+    where = f"{where}: column {name!r}"
+    if name in _CHATS and isinstance(value, str) and value.lstrip().startswith("["):
         value = parsed(value, where)
     if not isinstance(value, list):
         return "" if value is None else check_string(value, where)
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and names[0] in _CHATS:
+    if isinstance(system, str) and system.strip() and name in _CHATS:
         first = value[0] if value and isinstance(value[0], dict) else {}
         value = (
             value

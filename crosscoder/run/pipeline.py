@@ -47,6 +47,7 @@ from crosscoder.run.settings import (
     PairConfig,
     SplitConfig,
     TextConfig,
+    check_pair,
     check_settings,
     make,
     resolve,
@@ -103,6 +104,7 @@ def extract_stage(
     "Activations of both models into the run's folder."
     from crosscoder.data.extraction import extract
 
+    check_pair(settings)
     pair_config, text_config, c = (make(cls, settings) for cls in (PairConfig, TextConfig, ExtractConfig))
     pair, middle = loaded or load_pair(pair_config)
     texts = load_mix(text_config, pair.tokenizer)
