@@ -198,8 +198,8 @@ def diff_command(
     null: Null = False,
 ) -> None:
     "All stages, and a summary."
-    check_two(given, preset, null)
     gates = [parse_gate(g) for g in fail_on or []]
+    check_two(given, preset, null)
     command = ["crosscoder", *sys.argv[1:]]
     with redirect_stdout(sys.stderr) if json else nullcontext():
         if stat_only or quick:
@@ -245,11 +245,10 @@ def features_command(given: dict, out: Out = RUN, show: Show = 10) -> None:
     "One row a feature: partition, norms, rates per source, examples."
     from crosscoder.analysis.examples import describe_features
 
-    table = features_stage(out)
-    store = Run(out).store
+    table, store = features_stage(out), Run(out).store
     for column in sorted(c for c in table.columns if c.startswith("auroc_")):
-        best = table[column].nlargest(show).index.tolist()
-        print(f"\n== most typical of {column[6:]}\n\n{describe_features(table, store, best)}")
+        best = describe_features(table, store, table[column].nlargest(show).index.tolist())
+        print(f"\n== most typical of {column[6:]}\n\n{best}")
 
 
 @command("report")
@@ -344,8 +343,7 @@ def sweep_command(
     "Train a grid and say what each axis does."
     s = resolve({**given, "project": project}, "card" if preset == "card" and scale == 1 else "default")
     check_two(s, "default", null)
-    if preset == "card":
-        s["project"] = project or CARD_PROJECT
+    s["project"] = project or (CARD_PROJECT if preset == "card" else s["project"])
     has_grid = bool(grid or axis or preset == "card")
     specs = asked_specs(grid, preset, scale, axis, given) if has_grid or not wandb_agent else []
     if specs or not wandb_agent:

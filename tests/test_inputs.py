@@ -19,7 +19,7 @@ from crosscoder import ModelPair, compare_outputs, extract, load_texts, mix, ren
 from crosscoder.changes.samples import compare_samples
 from crosscoder.data.blocks import block_output, find_blocks
 from crosscoder.data.rows import _values, json_rows
-from crosscoder.data.texts import TextSource, hub_texts
+from crosscoder.data.texts import TextSource, file_texts, hub_texts
 
 TEXTS = [f"the cat number {i} sat on the mat and a dog ran over hill {i * 7}" for i in range(12)]
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
@@ -518,3 +518,33 @@ def test_contexts_are_known_before(tmp_path):
     store = extract(ModelPair(a, b, tokenizer()), texts, tmp_path / "s", layer=1, shard_rows=64, progress=False)
     assert store.manifest["settings"]["max_tokens"] == 64 and store.rows.position.max() == 63
     assert store.manifest["counts"]["truncated texts"] >= 1
+
+
+# --- files that are something else
+
+
+@pytest.mark.parametrize(
+    "name, content, part",
+    [
+        ("broken.jsonl", b'{"text": "one"}\n\n{"text": "two\n', "broken.jsonl, line 3: broken JSON"),
+        ("body.jsonl", b'{"body": "one", "id": 1}\n', "body.jsonl, line 1: columns found: body, id; expected 'text'"),
+        (
+            "number.jsonl",
+            b'{"text": "one"}\n{"text": 17}\n',
+            "line 2: column 'text' holds int ('17'), expected a string.",
+        ),
+        ("bare.jsonl", b'"one"\n', "bare.jsonl, line 1: holds str, expected an object"),
+        ("half.jsonl", b'{"text": "\\ud83d"}\n', "line 1: column 'text' holds half of a surrogate pair"),
+        ("latin.txt", "café".encode("latin-1"), "latin.txt: not a UTF-8 text file"),
+        ("empty.jsonl", b"", "empty.jsonl: there is no text in it (0 empty rows)."),
+        ("blank.jsonl", b'{"text": ""}\n{"text": null}\n', "blank.jsonl: there is no text in it (2 empty rows)."),
+        ("fake.parquet", b"PAR1 is how it begins", "fake.parquet: not a parquet file that can be read"),
+        ("table.csv", b"text\none\n", "table.csv: cannot read .csv; expected .jsonl, .json, .parquet, .txt, packed"),
+        ("fake.txt.gz", b"no gzip", "fake.txt.gz: cannot be read to its end"),
+        ("fake.jsonl.zst", b"no zstd", "fake.jsonl.zst: cannot be read to its end"),
+    ],
+)
+def test_files_that_are_something_else(name, content, part, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    refuses(part, lambda: list(file_texts(tmp_path / name)))
+    refuses("nowhere.jsonl: there is no such file.", lambda: file_texts(tmp_path / "nowhere.jsonl"))

@@ -132,8 +132,9 @@ def _lend(model: Any) -> Any:
     for p in model.parameters():  # other kinds of parameters are those of quantized models
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False) if type(p) is nn.Parameter else p
     for m in model.modules():
+        memo |= {id(v): v.detach() for v in vars(m).values() if isinstance(v, Tensor)}
         offloaded = getattr(getattr(m, "_hf_hook", None), "weights_map", None)
-        memo |= {id(v): v.detach() for v in vars(m).values() if isinstance(v, Tensor)} | {id(offloaded): offloaded}
+        memo |= {id(v): v for v in (offloaded, vars(m).get("config"), vars(m).get("generation_config"))}
     return copy.deepcopy(model, memo).eval()
 
 
