@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from .data.models import ModelPair as ModelPair
     from .data.planted import PlantedPair as PlantedPair
     from .data.planted import planted_scores as planted_scores
+    from .data.rows import render_chat as render_chat
     from .data.store import ActivationStore as ActivationStore
     from .data.texts import Text as Text
     from .data.texts import mix as mix
-    from .data.texts import render_chat as render_chat
     from .model.crosscoder import CrossCoder as CrossCoder
     from .model.crosscoder import DFCCrossCoder as DFCCrossCoder
     from .publish.card import model_card as model_card
@@ -63,7 +63,8 @@ _WHERE = {
     "data.planted": ("PlantedPair", "planted_scores"),
     "data.models": ("ModelPair",),
     "data.embedded": ("default_pair", "load_texts", "default_texts"),
-    "data.texts": ("Text", "mix", "render_chat"),
+    "data.texts": ("Text", "mix"),
+    "data.rows": ("render_chat",),
     "data.store": ("ActivationStore",),
     "data.extraction": ("extract",),
     "training.config": ("TrainConfig",),

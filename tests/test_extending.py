@@ -71,7 +71,7 @@ def test_an_architecture(models):
     from transformers import AutoModelForCausalLM
 
     from crosscoder.basics import BadInput
-    from crosscoder.data.models import BLOCKS, find_blocks
+    from crosscoder.data.blocks import BLOCKS, find_blocks
 
     model = AutoModelForCausalLM.from_pretrained(models[0])
     blocks = find_blocks(model)  # found by the search

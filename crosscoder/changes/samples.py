@@ -23,6 +23,7 @@ from .outputs import check_heads
 from ..data.models import ModelPair, inner_model
 from ..data.predictions import read_limit, reply_marks, reply_spans
 from ..data.texts import Text, as_texts
+from ..data.tokens import opening_ids
 
 # %% ../../nbs/changes/49_samples.ipynb #f5a34ed4
 def _opening(text: str, tokenizer: Any, marks: tuple[str, str], tokens: int) -> str:
@@ -257,7 +258,7 @@ def compare_samples(
     check_heads(pair)
     _check_numbers(n=(n, 1), max_new=(max_new, 1), temperature=(temperature, 0), seed=(seed, 0), amplify=(amplify, 0))
     _check_numbers(batch=(batch, 1))
-    every = [(o, pair.tokenizer(o.text, verbose=False)["input_ids"]) for o in openings(texts, pair.tokenizer, n)]
+    every = [(o, opening_ids(pair.tokenizer, o.text)) for o in openings(texts, pair.tokenizer, n)]
     limit = min((x for x in map(read_limit, pair.models) if x), default=10**9)
     order = [i for i, (_, ids) in enumerate(every) if 0 < len(ids) <= limit - max_new]
     if not order:

@@ -28,18 +28,8 @@ import torch
 
 from ..basics import BadInput, cache_dir, default_dtype
 from .models import ModelPair, quiet_loading
-from crosscoder.data.texts import (
-    ROW_READERS,
-    TextMix,
-    TextSource,
-    chatml,
-    file_texts,
-    fineweb,
-    hub_texts,
-    json_rows,
-    mix,
-    toolrl,
-)
+from .rows import ROW_READERS, chatml, json_rows
+from .texts import TextMix, TextSource, file_texts, fineweb, hub_texts, mix, toolrl
 
 # %% ../../nbs/data/22_embedded.ipynb #79a00bed
 def _unpack(

@@ -347,14 +347,15 @@ def extract(
     path: str | Path,  # folder of the store
     layer: int = 13,  # output of this block, that is `hidden_states[layer + 1]`
     tokens: str = "last",  # "last" token of each text, or "all"
-    max_tokens: int = 512,  # tokens of a text beyond this are cut off
+    max_tokens: int = 512,  # tokens of a text beyond this, or beyond what the models read, are cut off and counted
     max_norm: float = 10.0,  # with "all": leave out tokens whose norm is over this multiple of the median
     shard_rows: int = 8192,  # rows in a file, about
     batch_tokens: int | None = None,  # tokens in a forward pass, with padding; 2048 on a CPU, 16384 on a GPU
     progress: bool = True,  # show a progress bar, and at the end what it took
 ) -> ActivationStore:
     "Activations of both models at one layer, written to disk; an interrupted call resumes. Raises `BadInput`."
-    batch_tokens = batch_tokens or (2048 if "cpu" in map(str, pair.device) else 16384)
+    batch_tokens = (2048 if "cpu" in map(str, pair.device) else 16384) if batch_tokens is None else batch_tokens
+    max_tokens = min(max_tokens, pair.reads or max_tokens)
     settings = extraction_settings(pair, layer, tokens, max_tokens, max_norm, shard_rows, batch_tokens)
     w = StoreWriter(path, _start(Path(path), settings, pair.d_model))
     it = iter(as_texts(texts))

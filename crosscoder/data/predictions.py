@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'reply_marks', 'reply_spans', 'Reading', 'some_of_each', 'read_texts', 'reading_batches', 'has_head',
-           'read_limit', 'replaced', 'Predictor']
+           'replaced', 'Predictor']
 
 # %% ../../nbs/data/29_predictions.ipynb #a34578da
 from collections import Counter
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..basics import BadInput, evenly_spaced
-from .models import find_blocks, inner_model, output_of
-from .shards import EarlierTexts, model_batches, tokenize
+from .blocks import device_of, find_blocks, inner_model, output_of, read_limit
+from .shards import EarlierTexts, model_batches
 from .texts import Text, as_texts
+from .tokens import tokenize
 
 # %% ../../nbs/data/29_predictions.ipynb #74ddb251
 CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
@@ -128,11 +129,6 @@ def has_head(model: Any) -> bool:
     "Whether a model can say anything: some are saved without their unembedding."
     return inner_model(model).get_output_embeddings() is not None and not getattr(model, "headless", False)
 
-
-def read_limit(model: Any) -> int | None:
-    "How many tokens a model reads at most, if it says so."
-    return getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
-
 # %% ../../nbs/data/29_predictions.ipynb #483a72db
 @contextmanager
 def replaced(
@@ -160,7 +156,7 @@ class Predictor:
         self.model = inner_model(model)
         blocks = find_blocks(self.model)
         self.body: Any = next(m for m in self.model.modules() if any(child is blocks for child in m.children()))
-        self.device = self.model.get_input_embeddings().weight.device
+        self.device = device_of(self.model)
         self.output: Any = None  # of the body, the last time
 
     def hidden(
@@ -168,6 +164,8 @@ class Predictor:
         ids: Tensor,  # (batch, tokens), filling on the right
     ) -> Tensor:  # (batch, tokens, d)
         "What the head reads: the body's output, after its last norm."
+        if (limit := read_limit(self.model)) and ids.shape[1] > limit:
+            raise BadInput(f"A text has {ids.shape[1]} tokens; the model reads at most {limit}. Cut it shorter.")
         self.output = output_of(self.body, lambda: self.model(input_ids=ids.to(self.device), use_cache=False))
         return self.output[0]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..data.embedded import bfcl_conversations, default_prose, default_tools
 from ..data.predictions import CHATML, reply_spans
-from ..data.texts import chatml
+from ..data.rows import chatml
 
 # %% ../../nbs/research/94_lessons.ipynb #052a6745
 Spans = Sequence[Sequence[int]]  # first character and the one after the last, for each piece

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'PRESETS', 'PairConfig', 'TextConfig', 'ExtractConfig', 'ChangesConfig', 'SplitConfig', 'RepeatConfig',
-           'resolve', 'make', 'check_settings']
+           'resolve', 'make', 'check_pair', 'check_settings', 'check_two']
 
 # %% ../../nbs/run/63_settings.ipynb #4d0a50d9
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..basics import BadInput
@@ -21,14 +22,18 @@ class PairConfig:
     model_a: str | None = None  # the fine-tuned model: a folder or a name on the hub
     model_b: str | None = None  # its base, likewise
     device: str | None = None  # e.g. cuda, or cuda:0,cuda:1 for one each; by default a GPU if there is one
+    dtype: str | None = None  # float32, bfloat16 or float16; by default bfloat16 where the device calculates in it
+    tokenizer: str | None = None  # one for both models, where theirs differ: a folder or a name on the hub
+    revision: str | None = None  # branch, tag or commit on the hub; or two, as in step1000,main, one for each model
+    template: str | None = None  # whose chat template chats are written with, A or B; by default A's, else B's
 
 
 @dataclass
 class TextConfig:
     "What both models read."
 
-    # tools or prose (embedded), fineweb, toolrl, owner/name on the hub, or a .jsonl, .parquet or .txt file;
-    # *N for N texts; once for each
+    # tools or prose (embedded), fineweb, toolrl, owner/name[:config[:split]] on the hub, or a .jsonl, .json, .parquet
+    # or .txt file (.gz and .zst too), a folder of them or a pattern; *N for N texts; once for each
     texts: tuple = ("tools*140", "prose*360")
     column: str | None = None  # column that holds the text, for files and hub data sets
     shuffle: bool = True  # mix the sources; otherwise one after the other
@@ -44,6 +49,7 @@ class ExtractConfig:
     tokens: str = "all"  # all tokens of a text, or its last
     max_tokens: int = 512  # tokens of a text beyond this are cut off, and counted
     max_norm: float = 10.0  # with all tokens: leave out those whose norm is over this multiple of the median
+    batch_tokens: int | None = None  # tokens in a forward pass, with filling; by default 2048 on a CPU, 16384 on a GPU
 
     def number(self) -> int | str | None:
         "The layer as a number, or auto, or None; anything else raises `BadInput`."
@@ -123,6 +129,18 @@ def make(
     return cls(**{f.name: settings[f.name] for f in fields(cls)})
 
 # %% ../../nbs/run/63_settings.ipynb #p0000013
+def check_pair(
+    settings: dict,  # from `resolve`
+) -> None:
+    "`BadInput` for what no pair can be loaded with."
+    for name, known in {"dtype": ("float32", "bfloat16", "float16"), "template": ("A", "B")}.items():
+        if settings[name] not in (None, *known):
+            raise BadInput(f"{name} is {settings[name]!r}: expected one of {', '.join(known)}")
+    of_named = [name for name in ("tokenizer", "revision", "template") if settings[name]]
+    if of_named and settings["model_a"] is None:
+        raise BadInput(f"{of_named[0]} is for models that are named, and none is: give --model-a and --model-b")
+
+
 def check_settings(
     settings: dict,  # from `resolve`
 ) -> None:
@@ -130,6 +148,7 @@ def check_settings(
     for cls in CONFIGS:
         make(cls, settings)
     make(ExtractConfig, settings).number()
+    check_pair(settings)
     for name in ("output_texts", "layer_texts"):
         if settings[name] < 1:
             raise BadInput(f"{name} is {settings[name]}: expected at least 1")
@@ -145,3 +164,20 @@ def check_settings(
         raise BadInput(f"seeds is {settings['seeds']}: expected at least 1")
     size = settings["dict_size"] or max(settings["k"], 100_000)
     replace(make(ModelConfig, settings), dict_size=size).build((1, 1))  # narrow: only numbers matter
+
+# %% ../../nbs/run/63_settings.ipynb #3a2afa4b
+def check_two(
+    given: dict,  # settings, as for `resolve`
+    preset: str,
+    null: bool,  # whether one model may be given twice
+) -> None:
+    "`BadInput` where A and B are the same files by mistake."
+    s = resolve({k: v for k, v in given.items() if k in ("model_a", "model_b", "revision")}, preset)
+    a, b, revisions = s["model_a"], s["model_b"], (s["revision"] or "").split(",")
+    if null or a is None or b is None or revisions[0] != revisions[-1]:
+        return
+    if a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).resolve() == Path(b).resolve()):
+        raise BadInput(
+            f"A and B are both {a!r}: there is no difference to find. Name the base as --model-b, "
+            "or say --null if a comparison of a model with itself is meant"
+        )

@@ -1,5 +1,5 @@
 "An architecture of its own, whose blocks the search does not find: one entry of the table."
 
-from crosscoder.data.models import BLOCKS
+from crosscoder.data.blocks import BLOCKS
 
 BLOCKS["toy"] = lambda model: model.tower.floors
