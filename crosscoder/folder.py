@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIG', 'TEXTS', 'METRICS', 'EVALUATION', 'MODEL', 'FEATURES', 'REPORT', 'ERROR', 'ACTIVATIONS_FOLDER',
            'DIFFERENCE_FOLDER', 'SEEDS_FOLDER', 'CHANGES_FOLDER', 'CHECKPOINT', 'FORMAT', 'MADE_BY', 'FORMER_COLUMNS',
-           'WRITER', 'made_again_with', 'RunConfig', 'read_config', 'update_config', 'forget_config', 'read_metrics',
-           'write_metrics', 'append_metrics', 'mean_fve', 'in_figures', 'undefined', 'read_evaluation',
+           'LOCK', 'WRITER', 'made_again_with', 'RunConfig', 'read_config', 'update_config', 'forget_config',
+           'read_metrics', 'write_metrics', 'append_metrics', 'mean_fve', 'in_figures', 'undefined', 'read_evaluation',
            'write_evaluation', 'read_text_counts', 'write_text_counts', 'Manifest', 'read_manifest', 'save_table',
            'load_table', 'check_run_folder', 'one_writer']
 
@@ -355,7 +355,8 @@ def _check_size(path: Path) -> None:  # `BadInput` where a table would take a th
         raise BadInput(f"{path} was not read: it declares {declared:,} bytes of numbers, and has {there:,}")
 
 # %% ../nbs/02_folder.ipynb #beb7bfc3
-WRITER, _FRESH, _EVERY = ".writer.json", 60.0, 10.0  # seconds: how long a note counts, and how often it is touched
+LOCK, WRITER = ".lock", ".writer.json"
+_FRESH, _EVERY = 60.0, 10.0  # seconds: how long a note counts, and how often it is touched
 _OURS = {
     CONFIG,
     TEXTS,
@@ -423,7 +424,7 @@ def one_writer(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock: Any = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
+        lock: Any = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
         lock.acquire()
     except Timeout:
         raise _taken(folder) from None
@@ -440,4 +441,5 @@ def one_writer(folder: str | Path) -> Iterator[None]:
         ended.set()
         if lock.lock_counter == 1 and not _is_elsewhere(folder):
             (folder / WRITER).unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)  # who waits for it sees that it is gone, and makes another
         lock.release()

@@ -10,7 +10,6 @@ __all__ = ['DL', 'CODE_NORMS', 'MARKS', 'CROSSCODE', 'JUMP', 'CROSSCODE_FUNCTION
            'why', 'fetch']
 
 # %% ../../nbs/model/14_foreign.ipynb #1c459d49
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 import crosscoder.model.formats as formats
-from ..basics import BadInput, write_atomic
+from ..basics import BadInput, plain, to_json, write_atomic
+from ..files import WEIGHT_FILES, write_tensors
 from .formats import CARD, FORMATS, NO_STATISTICS, Format, Weights, emit, fold, from_arrays, ours, parse
 
 # %% ../../nbs/model/14_foreign.ipynb #640576b4
@@ -75,7 +75,7 @@ def dl_statistics(tensors: dict[str, Any], m: int) -> tuple[Tensor | None, Tenso
     "Mean (M, d), None where there is none or it is NaN, and one factor per model (M,)."
     factor = tensors.get("activation_global_scale", torch.ones(m)).float()
     mean = tensors.get("activation_mean")
-    return (None if mean is None or mean.isnan().any() else mean), factor
+    return (None if mean is None or mean.isnan().all() else mean), factor
 
 
 def dl_warning(tensors: dict[str, Any], said: dict, batchtopk: bool, path: Path) -> str:
@@ -138,8 +138,8 @@ def write_dl(w: Weights, folder: Path, model: int) -> None:
         state |= {"k": torch.tensor(c["k"], dtype=torch.int), "threshold": w.state["threshold"].cpu()}
         said["k"] = c["k"]
     said |= {"dict_class": "BatchTopKCrossCoder" if batchtopk else "CrossCoder", "layer": w.info.get("layer")}
-    formats.write_tensors(folder / "ae.pt", state)
-    write_atomic(folder / "config.json", json.dumps({"trainer": said, "crosscoder": ours(w)}, indent=2))
+    write_tensors(folder / "ae.pt", state)
+    write_atomic(folder / "config.json", to_json({"trainer": said, "crosscoder": ours(w)}, indent=2))
 
 
 FORMATS["dictionary_learning"] = Format(("encoder.weight", "decoder.weight"), ("config.json",), read_dl, write_dl)
@@ -163,8 +163,8 @@ def write_ckkissane(w: Weights, folder: Path, model: int) -> None:
     formats.need(c["activation"] == "relu", "ckkissane", "plain ReLU features", c["activation"])
     cfg = {"d_in": c["d_in"][0], "dict_size": c["dict_size"], "enc_dtype": "fp32", "dec_init_norm": 0.08}
     cfg |= {"seed": 0, "device": "cpu", "crosscoder": ours(w)}
-    formats.write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
-    write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
+    write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
+    write_atomic(folder / "cfg.json", to_json(cfg, indent=2))
 
 
 MARKS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -249,9 +249,9 @@ def write_crosscode(w: Weights, folder: Path, model: int) -> None:
         **{"n_models": m, "n_hookpoints": 1, "d_model": c["d_in"][0], "n_latents": size},
         "activation_fn": {"classname": name, "cfg": cfg},
         **{"use_encoder_bias": True, "use_decoder_bias": True, "dtype": "float32"},
-        "crosscoder": json.loads(json.dumps(ours(w))),
+        "crosscoder": plain(ours(w)),
     }
-    formats.write_tensors(folder / "model.pt", state)
+    write_tensors(folder / "model.pt", state)
     write_atomic(folder / "model_cfg.yaml", yaml.safe_dump(settings))
 
 
@@ -313,8 +313,8 @@ def write_llama(w: Weights, folder: Path, model: int) -> None:
     settings = {"sae_type": "crosscoder", "d_model": d, "expansion_factor": factor, "act_fn": "relu"}
     settings |= {"norm_activation": "inference", "hook_points": hooks, "sparsity_include_decoder_norm": True}
     settings |= {"use_decoder_bias": True, "crosscoder": ours(w)}
-    formats.write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
-    write_atomic(folder / "config.json", json.dumps(settings, indent=2))
+    write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
+    write_atomic(folder / "config.json", to_json(settings, indent=2))
 
 
 FORMATS["llamascopium"] = Format(("W_E", "b_E", "W_D", "b_D"), ("config.json",), read_llama, write_llama)
@@ -362,8 +362,8 @@ def write_saelens(w: Weights, folder: Path, model: int = 0) -> None:
     cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
     cfg |= {"k": c["k"], "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
     cfg["metadata"] = {**versions, "note": note, "crosscoder": {**ours(w), "model": model}}
-    formats.write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
-    write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
+    write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
+    write_atomic(folder / "cfg.json", to_json(cfg, indent=2))
     write_atomic(folder / "NOTE.txt", note + "\n")
 
 
@@ -437,7 +437,7 @@ def fetch(
 
     owner, name, *folders = (*str(repo).strip("/").split("/"), "")
     sub = "/".join(f for f in folders if f)
-    wanted = [f"{sub}/{n}".lstrip("/") for n in (*formats.WEIGHT_FILES, *SETTINGS_FILES)]
+    wanted = [f"{sub}/{n}".lstrip("/") for n in (*WEIGHT_FILES, *SETTINGS_FILES)]
     try:
         folder = snapshot_download(f"{owner}/{name}".rstrip("/"), allow_patterns=wanted)
     except Exception as e:  # network, no such repo, no access: one message
