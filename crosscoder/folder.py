@@ -8,7 +8,7 @@ __all__ = ['CONFIG', 'TEXTS', 'METRICS', 'EVALUATION', 'MODEL', 'FEATURES', 'REP
            'LOCK', 'WRITER', 'made_again_with', 'RunConfig', 'read_config', 'update_config', 'forget_config',
            'read_metrics', 'write_metrics', 'append_metrics', 'mean_fve', 'in_figures', 'undefined', 'read_evaluation',
            'write_evaluation', 'read_text_counts', 'write_text_counts', 'Manifest', 'read_manifest', 'save_table',
-           'load_table', 'check_run_folder', 'one_writer']
+           'load_table', 'check_table_size', 'check_run_folder', 'one_writer']
 
 # %% ../nbs/02_folder.ipynb #f0000003
 import io
@@ -200,8 +200,7 @@ def undefined(
     none = [k[-1].upper() for k, v in numbers.items() if len(k) == 5 and k[:4] == "fve_" and mean_fve({k: v}) is None]
     if not none:
         return ""
-    rows = numbers.get("rows")
-    why = "there is one held-out row" if rows == 1 else f"its {rows} held-out rows are all the same"
+    why = "there is one held-out row" if numbers.get("rows") == 1 else "its held-out rows are all the same"
     return f"the FVE of model {' and '.join(none)} is not defined: {why}. Hold out more texts (`test`), or give more"
 
 
@@ -210,6 +209,7 @@ class _Numbers(BaseModel):
     __pydantic_extra__: dict[str, FiniteFloat | None]
     rows: int = Field(default=0, ge=0)
     texts: int = Field(default=0, ge=0)
+    why_not: str = ""
 
 
 def read_evaluation(run: str | Path) -> dict:
@@ -219,8 +219,9 @@ def read_evaluation(run: str | Path) -> dict:
 
 
 def write_evaluation(run: str | Path, numbers: dict) -> None:
-    "Keep what `evaluate` returned."
-    write_json(Path(run) / EVALUATION, numbers)
+    "Keep what `evaluate` returned, and why what could not be computed could not."
+    why = undefined(numbers)
+    write_json(Path(run) / EVALUATION, {**numbers, **({"why_not": why} if why else {})})
 
 
 def read_text_counts(run: str | Path) -> list[dict]:  # per source; empty if nobody counted
@@ -330,7 +331,7 @@ def load_table(path: str | Path) -> pd.DataFrame:
     if not Path(path).exists():
         raise BadInput(f"{path} is not there: `crosscoder features` makes it")
     try:
-        _check_size(Path(path))
+        check_table_size(Path(path))
         table = pd.read_parquet(path)
     except BadInput:
         raise
@@ -348,7 +349,8 @@ def load_table(path: str | Path) -> pd.DataFrame:
     return table.rename(columns=FORMER_COLUMNS).assign(examples=pd.Series(examples, table.index, object))
 
 
-def _check_size(path: Path) -> None:  # `BadInput` where a table would take a thousand times the room of its file
+def check_table_size(path: Path) -> None:
+    "`BadInput` for a parquet file that declares a thousand times the room that it has."
     about = parquet.read_metadata(path)
     declared, there = about.num_rows * about.num_columns * 8, path.stat().st_size
     if declared > max(1000 * there, 2**26):

@@ -218,7 +218,7 @@ def test_one_process_at_a_time(setting):
         done = cli(
             "sweep", root / "grid.yaml", "--out", root / "whole", "--store", root / "store", "--no-wandb", env=ENV
         )
-    assert done.returncode == 2 and "another process works on the sweep" in done.said
+    assert done.returncode == 2 and "another process writes into" in done.said
 
 
 def test_a_damaged_evaluation_is_made_again(setting):

@@ -21,10 +21,12 @@ from crosscoder.folder import (
     MADE_BY,
     MODEL,
     SEEDS_FOLDER,
+    in_figures,
     load_table,
     mean_fve,
     read_config,
     read_evaluation,
+    read_manifest,
     read_metrics,
     read_text_counts,
 )
@@ -113,7 +115,7 @@ def find_store(
     "The activations that a run was trained on: its own, or those that its settings point to."
     shards = config.get("data", {}).get("shards")
     for folder in (run / ACTIVATIONS_FOLDER, run / str(config.get("store") or ACTIVATIONS_FOLDER)):
-        manifest = read_object(folder / "manifest.json")
+        manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
         if manifest and shards and [s["sha256"][: len(shards[0])] for s in manifest["shards"]] == shards:
             return folder, manifest
     return None, {}
@@ -149,7 +151,9 @@ class Run(RunFiles):
             return f"Run({self.path}: not finished, {', '.join(missing)} missing)"
         counts = self.features.label.value_counts()
         labels = ", ".join(f"{counts[x]:,} {x}" for x in ("A", "B", "shared", "undecided", "dead") if x in counts)
-        return f"Run({self.path}: {len(self.features):,} features, {labels}; FVE {mean_fve(self.evaluation):.3f})"
+        return (
+            f"Run({self.path}: {len(self.features):,} features, {labels}; FVE {in_figures(mean_fve(self.evaluation))})"
+        )
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(repr(self))}</p>"

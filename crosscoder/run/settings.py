@@ -10,7 +10,7 @@ __all__ = ['CONFIGS', 'PRESETS', 'PairConfig', 'TextConfig', 'ExtractConfig', 'C
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..basics import BadInput
+from ..basics import BadInput, check_device
 from ..training.config import CARD_PROJECT, ModelConfig, TrainConfig, card_recipe
 
 # %% ../../nbs/run/63_settings.ipynb #p0000006
@@ -130,6 +130,8 @@ def check_settings(
     for cls in CONFIGS:
         make(cls, settings)
     make(ExtractConfig, settings).number()
+    for device in (settings["device"] or "cpu").split(","):
+        check_device(device)
     for name in ("output_texts", "layer_texts"):
         if settings[name] < 1:
             raise BadInput(f"{name} is {settings[name]}: expected at least 1")
