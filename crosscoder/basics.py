@@ -6,15 +6,17 @@
 __all__ = ['BadInput', 'write_atomic', 'remove_leftovers', 'parse_json', 'read_json', 'plain', 'to_json', 'write_json',
            'check_same', 'open_safetensors', 'load_strictly', 'read_pt', 'read_tensors', 'parse_yaml', 'read_settings',
            'default_dtype', 'cache_dir', 'evenly_spaced', 'printable', 'check_form', 'check_version', 'whole',
-           'check_device', 'Safe', 'md', 'code', 'py', 'bib', 'repo_name']
+           'check_device', 'any_console', 'Safe', 'md', 'code', 'py', 'bib', 'repo_name']
 
 # %% ../nbs/00_basics.ipynb #548e54f5
+import io
 import json
 import math
 import numbers
 import os
 import re
 import socket
+import sys
 import time
 import zipfile
 from collections.abc import Iterable, Sized
@@ -382,6 +384,13 @@ def check_device(device: Any) -> torch.device:  # None: the CPU
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(n))])
         raise BadInput(f"there is no device {str(device)!r} here that can be used. There are: {here}") from None
     return found
+
+# %% ../nbs/00_basics.ipynb #986d192e
+def any_console() -> None:
+    "Let standard output and errors show escapes for what the console's encoding lacks, instead of failing."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 # %% ../nbs/00_basics.ipynb #e7f1b3b4
 class Safe(str):
