@@ -390,17 +390,24 @@ class StoreWriter:
         "Another process at work there, or one that was until now, raises `BadInput`."
         self.path = Path(path)
         self.manifest = manifest
-        self._alone = ExitStack()  # left when the store is complete, or nobody holds the writer any more
-        self._alone.enter_context(one_writer(self.path))
-        there = read_manifest(self.path)["shards"] if (self.path / "manifest.json").exists() else []
-        if there[: len(manifest["shards"])] != manifest["shards"]:
-            raise BadInput(f"another process has written into {path} meanwhile: run the same command again")
+        with ExitStack() as alone:
+            alone.enter_context(one_writer(self.path))
+            there = read_manifest(self.path)["shards"] if (self.path / "manifest.json").exists() else []
+            if there[: len(manifest["shards"])] != manifest["shards"]:
+                raise BadInput(f"another process has written into {path} meanwhile: run the same command again")
+            self.alone = (
+                alone.pop_all()
+            )  # closed when the store is complete or writing fails, or by who made the writer
 
     def save_manifest(self) -> None:
         "The manifest as it is now, to disk."
-        write_json(self.path / "manifest.json", self.manifest)
+        try:
+            write_json(self.path / "manifest.json", self.manifest)
+        except BadInput:
+            self.alone.close()
+            raise
         if self.manifest["complete"]:
-            self._alone.close()
+            self.alone.close()
 
     def add(
         self,
@@ -412,8 +419,12 @@ class StoreWriter:
         "One more shard, and the manifest with it."
         name, data = f"{len(self.manifest['shards']):05d}", to_safetensors(tensors)
         lines = "".join(map(_text_line, texts, shares or [None] * len(texts))).encode()
-        write_atomic(self.path / f"{name}.jsonl", lines)
-        write_atomic(self.path / f"{name}.safetensors", data)
+        try:
+            write_atomic(self.path / f"{name}.jsonl", lines)
+            write_atomic(self.path / f"{name}.safetensors", data)
+        except BadInput:
+            self.alone.close()
+            raise
         self.manifest["shards"].append(
             {
                 "name": name,

@@ -32,7 +32,7 @@ from crosscoder.basics import (
     to_json,
     write_atomic,
 )
-from ..files import find_weights, tensors_sha256
+from ..files import check_numbers, find_weights, tensors_sha256
 
 # %% ../../nbs/model/13_formats.ipynb #aa2956f6
 @dataclass
@@ -242,6 +242,7 @@ def load_weights(
     path = find_weights(path)
     tensors = read_tensors(path)
     name = format_of(tensors, path)
+    check_numbers(tensors, path)
     readers = {n: f.read for n, f in FORMATS.items() if f.read is not None}
     settings = read_settings(path, FORMATS[name].settings)
     try:

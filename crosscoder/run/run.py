@@ -17,6 +17,7 @@ from ..basics import BadInput, read_json
 from ..data.store import ActivationStore, StorePart
 from crosscoder.folder import (
     ACTIVATIONS_FOLDER,
+    CONFIG,
     FEATURES,
     MADE_BY,
     MODEL,
@@ -134,7 +135,9 @@ class Run(RunFiles):
         if not self.store.manifest["complete"]:
             again = f"run `crosscoder extract --out {self.path}` with the same settings to go on"
             raise BadInput(f"the extraction in {self.path} was not finished: {again}")
-        split = self.config["split"]
+        split = self.config.get("split")
+        if not split:
+            raise BadInput(f"{self.path / CONFIG} does not say what is held out: `crosscoder train` writes that")
         return self.store.split(split["test"], split["split_seed"])
 
     def crosscoder(self, device: str = "cpu") -> CrossCoder:
