@@ -19,9 +19,9 @@ from conftest import cli
 
 from crosscoder import ActivationStore, BadInput, CrossCoder, TrainConfig, train
 from crosscoder.basics import read_tensors
-from crosscoder.files import weights_fingerprint, write_tensors
+from crosscoder.files import weights_fingerprint
 from crosscoder.folder import LOCK, WRITER, read_metrics
-from crosscoder.model.formats import FORMATS
+from crosscoder.model.formats import FORMATS, write_tensors
 from crosscoder.run.run import Run
 from crosscoder.training.loop import Callback
 

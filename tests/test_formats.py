@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from crosscoder import BadInput, CrossCoder
 from crosscoder.basics import open_safetensors
-from crosscoder.files import write_tensors
-from crosscoder.model.formats import FORMATS, load_weights, read_tensors
+from crosscoder.model.formats import FORMATS, load_weights, read_tensors, write_tensors
 
 FILES = HERE / "fixtures" / "formats"
 REFUSED = {"llama_topk"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import crosscoder.model.dfc as dfc
 import crosscoder.model.formats as formats
 from ..basics import BadInput, check_device, load_strictly, whole
-from ..files import check_numbers, find_weights, tensors_sha256
+from ..files import tensors_sha256
 from .foreign import fetch  # with it come the formats of others
 from .formats import Weights, read_native
 from .partition import Normalizer, Partition, exclusive_sizes
@@ -301,7 +301,9 @@ def _check_tensors(w: Weights, path: str | Path) -> None:
     sizes = (w.config.get("dict_size"), sum(w.config.get("d_in", ())))
     if "encoder" in w.state and (found := tuple(w.state["encoder"].shape)) != sizes:
         raise BadInput(f"{path} does not fit its configuration: encoder has the shape {found}, expected {sizes}")
-    check_numbers(w.state, path)
+    for name, t in w.state.items():
+        if not t.isfinite().all():
+            raise BadInput(f"{path} holds NaN or Inf in {name}: it is damaged, or its training failed. Use another")
     if "normalizer.scale" in w.state and not (w.state["normalizer.scale"] > 0).all():
         raise BadInput(f"{path} has a normalizer.scale that is not over 0: it is damaged. Use another")
 
@@ -344,7 +346,7 @@ class CrossCoder(Records):
         device: Any = "cpu",  # where the model shall live
     ) -> "CrossCoder":
         "A model from a folder, in eval mode. Warns if the file brings no normalizer."
-        place, path = check_device(device), find_weights(folder)
+        place, path = check_device(device), formats.find_weights(folder)
         return from_weights(formats.load_weights(path), path).to(place).eval()
 
     @classmethod
@@ -354,7 +356,7 @@ class CrossCoder(Records):
         device: Any = "cpu",  # where the model shall live
     ) -> "CrossCoder":
         "A published model. Only weights, JSON and YAML are fetched; a `dfc.py` in the repo is never run."
-        place, path = check_device(device), find_weights(fetch(repo))
+        place, path = check_device(device), formats.find_weights(fetch(repo))
         return from_weights(formats.load_weights(path), path).to(place).eval()
 
 

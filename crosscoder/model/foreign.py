@@ -20,7 +20,6 @@ from torch import Tensor
 
 import crosscoder.model.formats as formats
 from ..basics import BadInput, plain, to_json, write_atomic
-from ..files import WEIGHT_FILES, write_tensors
 from .formats import CARD, FORMATS, NO_STATISTICS, Format, Weights, emit, fold, from_arrays, ours, parse
 
 # %% ../../nbs/model/14_foreign.ipynb #640576b4
@@ -138,7 +137,7 @@ def write_dl(w: Weights, folder: Path, model: int) -> None:
         state |= {"k": torch.tensor(c["k"], dtype=torch.int), "threshold": w.state["threshold"].cpu()}
         said["k"] = c["k"]
     said |= {"dict_class": "BatchTopKCrossCoder" if batchtopk else "CrossCoder", "layer": w.info.get("layer")}
-    write_tensors(folder / "ae.pt", state)
+    formats.write_tensors(folder / "ae.pt", state)
     write_atomic(folder / "config.json", to_json({"trainer": said, "crosscoder": ours(w)}, indent=2))
 
 
@@ -163,7 +162,7 @@ def write_ckkissane(w: Weights, folder: Path, model: int) -> None:
     formats.need(c["activation"] == "relu", "ckkissane", "plain ReLU features", c["activation"])
     cfg = {"d_in": c["d_in"][0], "dict_size": c["dict_size"], "enc_dtype": "fp32", "dec_init_norm": 0.08}
     cfg |= {"seed": 0, "device": "cpu", "crosscoder": ours(w)}
-    write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
+    formats.write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
     write_atomic(folder / "cfg.json", to_json(cfg, indent=2))
 
 
@@ -251,7 +250,7 @@ def write_crosscode(w: Weights, folder: Path, model: int) -> None:
         **{"use_encoder_bias": True, "use_decoder_bias": True, "dtype": "float32"},
         "crosscoder": plain(ours(w)),
     }
-    write_tensors(folder / "model.pt", state)
+    formats.write_tensors(folder / "model.pt", state)
     write_atomic(folder / "model_cfg.yaml", yaml.safe_dump(settings))
 
 
@@ -313,7 +312,7 @@ def write_llama(w: Weights, folder: Path, model: int) -> None:
     settings = {"sae_type": "crosscoder", "d_model": d, "expansion_factor": factor, "act_fn": "relu"}
     settings |= {"norm_activation": "inference", "hook_points": hooks, "sparsity_include_decoder_norm": True}
     settings |= {"use_decoder_bias": True, "crosscoder": ours(w)}
-    write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
+    formats.write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
     write_atomic(folder / "config.json", to_json(settings, indent=2))
 
 
@@ -362,7 +361,7 @@ def write_saelens(w: Weights, folder: Path, model: int = 0) -> None:
     cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
     cfg |= {"k": c["k"], "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
     cfg["metadata"] = {**versions, "note": note, "crosscoder": {**ours(w), "model": model}}
-    write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
+    formats.write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
     write_atomic(folder / "cfg.json", to_json(cfg, indent=2))
     write_atomic(folder / "NOTE.txt", note + "\n")
 
@@ -437,7 +436,7 @@ def fetch(
 
     owner, name, *folders = (*str(repo).strip("/").split("/"), "")
     sub = "/".join(f for f in folders if f)
-    wanted = [f"{sub}/{n}".lstrip("/") for n in (*WEIGHT_FILES, *SETTINGS_FILES)]
+    wanted = [f"{sub}/{n}".lstrip("/") for n in (*formats.WEIGHT_FILES, *SETTINGS_FILES)]
     try:
         folder = snapshot_download(f"{owner}/{name}".rstrip("/"), allow_patterns=wanted)
     except Exception as e:  # network, no such repo, no access: one message

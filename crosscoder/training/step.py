@@ -16,8 +16,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ..basics import BadInput, load_strictly, write_atomic
-from ..files import read_checked, tensors_sha256
+from ..basics import BadInput, load_strictly, open_safetensors, write_atomic
+from ..files import tensors_sha256
 from ..model.crosscoder import CrossCoder
 from ..model.formats import from_file, to_file
 from crosscoder.model.sparse import (
@@ -432,14 +432,15 @@ def save_checkpoint(self: Trainer, path: str | Path) -> None:
 def load_checkpoint(self: Trainer, path: str | Path) -> None:
     "Take all of it back; a file that was altered, does not fit or holds NaN or Inf raises `BadInput`."
     anew = f"Delete {path} to begin this run again from its first step"
-    tensors, metadata = read_checked(path, anew)
+    tensors, metadata = open_safetensors(path)
+    whole = metadata.get("sha256", found := tensors_sha256(tensors)) == found
+    if not whole or not all(t.isfinite().all() for t in tensors.values()):
+        raise BadInput(f"{path} {'holds NaN or Inf' if whole else 'was altered: its checksum is another'}. {anew}")
     if getattr(tensors.get("silent"), "shape", None) != self.silent.shape or not metadata.get("step", "").isdecimal():
         raise BadInput(f"{path} is no checkpoint of this run: it lacks a step, or the memory of its features. {anew}")
     if self.weight and "loudness" not in tensors:
-        raise BadInput(
-            f"{path} is from before the difference had a weight, and difference_weight is {self.weight:g}: "
-            "set it to 0 to go on as it was begun, or begin anew"
-        )
+        old = f"{path} is from before the difference had a weight, and difference_weight is {self.weight:g}"
+        raise BadInput(f"{old}: set it to 0 to go on as it was begun, or begin anew")
     part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     load_strictly(self.cc, from_file(part("cc.")), path)
     self.__dict__.pop("frozen", None)
