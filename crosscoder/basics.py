@@ -226,12 +226,13 @@ def read_tensors(path: str | Path) -> dict[str, Any]:  # name -> tensor
     "The tensors of a `.safetensors` or `.pt` file; NaN, Inf and anything that is not plain data raise `BadInput`."
     path = Path(path)
     tensors, metadata = (read_pt(path), {}) if path.suffix != ".safetensors" else open_safetensors(path)
+    tensors = {_plain_name(name): t for name, t in tensors.items()}
     for name, t in tensors.items():
-        never_fitted = str(name).startswith("activation_") and t.isnan().all()
+        never_fitted = name.startswith("activation_") and t.isnan().all()
         if isinstance(t, Tensor) and not t.isfinite().all() and not never_fitted:
             raise BadInput(f"{path} holds NaN or Inf in {printable(name)}: it is damaged, or its training failed")
     header = {"__crosscoder__": metadata["crosscoder"]} if "crosscoder" in metadata else {}
-    return {_plain_name(name): t for name, t in tensors.items()} | header
+    return tensors | header
 
 # %% ../nbs/00_basics.ipynb #c9123718
 _LONGEST_YAML = 2**18  # characters; PyYAML takes a second for some ten thousand lines

@@ -393,7 +393,9 @@ def _page(r, store):  # everything the template shows
         "names": made.get("pair", {}).get("names", ["model A", "model B"]),
         "changes": _changes(r.changes, made.get("layer"), r.cc.info.get("change_features", {})),
         "tiles": _tiles(r),
-        "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()],
+        "evaluation": [
+            (k, v if isinstance(v, str) else in_figures(v, ",.4g" if type(v) is float else ",")) for k, v in e.items()
+        ],
         "by_source": for_source,
         "by_label": for_label,
         "verdict": verdict(r.table),
