@@ -24,7 +24,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from fastcore.docments import docments
 
-from .basics import BadInput
+from .basics import BadInput, any_console
 from .folder import REPORT
 from .run.findings import Findings, as_json, failed_gates, parse_gate, sentences, stat_lines
 from crosscoder.run.pipeline import (
@@ -107,9 +107,9 @@ def command(
 
         @wraps(f)
         def run(**given: Any) -> None:
-            of_its_own = {p.name: given.pop(p.name) for p in own}
+            any_console()
             try:
-                f(given, **of_its_own)
+                f(given, **{p.name: given.pop(p.name) for p in own})
             except BadInput as e:
                 _stop(str(e), 2)
             except KeyboardInterrupt:
@@ -423,7 +423,7 @@ def publish_command(
     send = publish_sweep if (run / "sweep.json").exists() else publish
     said = send(run, repo, private, dry_run, title=title, licence=licence, author=author)
     if dry_run and (run / "hub/README.md").exists():
-        print((run / "hub/README.md").read_text())
+        print((run / "hub/README.md").read_text(encoding="utf-8"))
     print(said)
 
 # %% ../nbs/80_cli.ipynb #c44653a1

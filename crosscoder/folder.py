@@ -4,19 +4,43 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'TEXTS', 'METRICS', 'EVALUATION', 'MODEL', 'FEATURES', 'REPORT', 'ERROR', 'ACTIVATIONS_FOLDER',
-           'DIFFERENCE_FOLDER', 'SEEDS_FOLDER', 'CHANGES_FOLDER', 'CHECKPOINT', 'MADE_BY', 'FORMER_COLUMNS',
-           'made_again_with', 'read_config', 'update_config', 'forget_config', 'read_metrics', 'write_metrics',
-           'append_metrics', 'mean_fve', 'read_evaluation', 'write_evaluation', 'read_text_counts', 'write_text_counts',
-           'save_table', 'load_table']
+           'DIFFERENCE_FOLDER', 'SEEDS_FOLDER', 'CHANGES_FOLDER', 'CHECKPOINT', 'FORMAT', 'MADE_BY', 'FORMER_COLUMNS',
+           'LOCK', 'WRITER', 'made_again_with', 'RunConfig', 'read_config', 'update_config', 'forget_config',
+           'read_metrics', 'write_metrics', 'append_metrics', 'mean_fve', 'in_figures', 'undefined', 'read_evaluation',
+           'write_evaluation', 'read_text_counts', 'write_text_counts', 'Manifest', 'read_manifest', 'save_table',
+           'load_table', 'check_table_size', 'check_run_folder', 'one_writer']
 
 # %% ../nbs/02_folder.ipynb #f0000003
 import io
-import json
+import math
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as parquet
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
-from .basics import BadInput, check_same, parse_json, read_json, write_atomic, write_json
+from crosscoder.basics import (
+    BadInput,
+    check_form,
+    check_same,
+    check_version,
+    parse_json,
+    plain,
+    printable,
+    read_json,
+    to_json,
+    write_atomic,
+    write_json,
+)
 
 # %% ../nbs/02_folder.ipynb #f0000006
 CONFIG, TEXTS, METRICS, EVALUATION = "config.json", "texts.json", "metrics.jsonl", "evaluation.json"
@@ -24,6 +48,8 @@ MODEL, FEATURES, REPORT, ERROR = "model.safetensors", "features.parquet", "repor
 ACTIVATIONS_FOLDER, DIFFERENCE_FOLDER, SEEDS_FOLDER = "activations", "difference", "seeds"
 CHANGES_FOLDER = "changes"  # weights, predictions and layers
 CHECKPOINT = "checkpoint/state.safetensors"
+
+FORMAT = 1  # of a run's files; a higher number is of a newer version
 
 MADE_BY = {CONFIG: "train", METRICS: "train", MODEL: "train", EVALUATION: "evaluate", FEATURES: "features"}
 
@@ -33,12 +59,52 @@ def made_again_with(name: str) -> str:
     return f"Make it again with `crosscoder {MADE_BY.get(name, 'extract')}`"
 
 # %% ../nbs/02_folder.ipynb #f0000008
-def read_config(run: str | Path) -> dict:
-    "The settings that a run's stages left; a folder without them raises `BadInput`."
+class _Split(BaseModel):
+    test: float = Field(gt=0, lt=1)
+    split_seed: int = 0
+
+
+class _Data(BaseModel):
+    rows: int = Field(ge=0)
+    shards: list[str]
+    settings: dict
+
+
+class _Spec(BaseModel):
+    name: str
+    settings: dict
+
+
+class RunConfig(BaseModel):
+    "The form of `config.json`: a section a stage; those of a stage that was not run are missing."
+
+    format: int = 1
+    split: _Split | None = None
+    data: _Data | None = None
+    cell: _Spec | None = None
+    store: str | None = None
+    pair: dict = {}
+    texts: dict = {}
+    activations: dict = {}
+    model: dict = {}
+    train: dict = {}
+    difference: dict = {}
+    changes: dict = {}
+    run: dict = {}
+
+
+def _checked(run: str | Path) -> dict:  # the settings that are there
     path = Path(run) / CONFIG
-    if not path.exists():
+    config = check_form(dict, read_json(path, made_again_with(CONFIG)), path, made_again_with(CONFIG))
+    check_version(config.get("format", 1), FORMAT, path)
+    return check_form(RunConfig, config, path, made_again_with(CONFIG))
+
+
+def read_config(run: str | Path) -> dict:
+    "The settings that a run's stages left; a folder without them, or with those of a newer version, raises `BadInput`."
+    if not (Path(run) / CONFIG).exists():
         raise BadInput(f"{run} is not a run: it has no {CONFIG}. `crosscoder diff --out {run}` makes one")
-    return read_json(path, made_again_with(CONFIG))
+    return _checked(run)
 
 
 def update_config(
@@ -47,8 +113,8 @@ def update_config(
 ) -> dict:  # all sections
     "Add sections to a run's settings; one that is there with other values raises `BadInput`."
     path = Path(run) / CONFIG
-    config = read_json(path) if path.exists() else {}
-    asked = json.loads(json.dumps(sections))  # as they will be read back: tuples are lists
+    config = _checked(run) if path.exists() else {"format": FORMAT}
+    asked = plain(sections)  # as they will be read back: tuples are lists
     again = asked.keys() & config.keys()
     check_same({k: config[k] for k in again}, {k: v for k, v in asked.items() if k in again}, f"the run {run}")
     write_json(path, config | asked)
@@ -62,29 +128,52 @@ def forget_config(
     "Drop the settings of a stage that has left nothing yet."
     path = Path(run) / CONFIG
     if path.exists():
-        write_json(path, {k: v for k, v in read_json(path).items() if k not in sections})
+        write_json(path, {k: v for k, v in _checked(run).items() if k not in sections})
 
 # %% ../nbs/02_folder.ipynb #f0000011
 def read_metrics(
     run: str | Path,
     up_to: int | None = None,  # step; later lines are left out
 ) -> list[dict]:
-    "The metrics of a run's logged steps; a line that was cut off in the middle is left out."
+    "The metrics of a run's logged steps; a last line that was cut off is left out, with a warning."
     path = Path(run) / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [parse_json(line, path, made_again_with(METRICS)) for line in lines if line.endswith("\n")]
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            row = parse_json(line, f"line {i + 1} of {path}", made_again_with(METRICS))
+            rows.append(check_form(_Metrics, row, f"line {i + 1} of {path}", made_again_with(METRICS)))
+        except BadInput:
+            if i < len(lines) - 1:
+                raise
+            last = line
+    if last:
+        warnings.warn(f"the last line of {path} was cut off and is left out: the run goes on from its last checkpoint")
     return [r for r in rows if up_to is None or r["step"] <= up_to]
+
+
+class _Metrics(BaseModel):
+    model_config = {"extra": "allow"}
+    __pydantic_extra__: dict[str, FiniteFloat | None]
+    step: int = Field(ge=0)
 
 
 def write_metrics(run: str | Path, rows: list[dict]) -> None:
     "Replace a run's metrics."
-    write_atomic(Path(run) / METRICS, "".join(json.dumps(r) + "\n" for r in rows))
+    write_atomic(Path(run) / METRICS, "".join(to_json(r) + "\n" for r in rows))
 
 
 def append_metrics(run: str | Path, row: dict) -> None:
-    "Add the metrics of one step."
-    with open(Path(run) / METRICS, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    "Add the metrics of one step; a full disk raises `BadInput`."
+    path = Path(run) / METRICS
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(to_json(row) + "\n")
+    except OSError as e:
+        raise BadInput(
+            f"{path} could not be written: {e.strerror}. The run goes on from its last checkpoint: "
+            "make room, and run again"
+        ) from None
 
 # %% ../nbs/02_folder.ipynb #f0000014
 def mean_fve(
@@ -92,28 +181,129 @@ def mean_fve(
 ) -> float | None:  # None where there is no model's number
     "The fraction of variance explained, averaged over the models."
     each = [v for k, v in numbers.items() if len(k) == 5 and k.startswith("fve_")]
-    return sum(each) / len(each) if each else None
+    defined = each and all(v is not None and math.isfinite(v) for v in each)
+    return sum(each) / len(each) if defined else None
+
+
+def in_figures(
+    value: float | None,  # None or NaN: it could not be computed
+    form: str = ".3f",
+) -> str:
+    "A quantity for people: a number, or that it is not defined."
+    return format(value, form) if value is not None and math.isfinite(value) else "not defined"
+
+
+def undefined(
+    numbers: dict,  # an evaluation
+) -> str:
+    "Which models' FVE could not be computed, and why; empty where all are there."
+    none = [k[-1].upper() for k, v in numbers.items() if len(k) == 5 and k[:4] == "fve_" and mean_fve({k: v}) is None]
+    if not none:
+        return ""
+    why = "there is one held-out row" if numbers.get("rows") == 1 else "its held-out rows are all the same"
+    return f"the FVE of model {' and '.join(none)} is not defined: {why}. Hold out more texts (`test`), or give more"
+
+
+class _Numbers(BaseModel):
+    model_config = {"extra": "allow"}
+    __pydantic_extra__: dict[str, FiniteFloat | None]
+    rows: int = Field(default=0, ge=0)
+    texts: int = Field(default=0, ge=0)
+    why_not: str = ""
 
 
 def read_evaluation(run: str | Path) -> dict:
-    "The numbers of `crosscoder evaluate`."
-    return read_json(Path(run) / EVALUATION, made_again_with(EVALUATION))
+    "The numbers of `crosscoder evaluate`; None for what could not be computed."
+    path, remedy = Path(run) / EVALUATION, made_again_with(EVALUATION)
+    return check_form(_Numbers, read_json(path, remedy), path, remedy)
 
 
 def write_evaluation(run: str | Path, numbers: dict) -> None:
-    "Keep what `evaluate` returned."
-    write_json(Path(run) / EVALUATION, numbers)
+    "Keep what `evaluate` returned, and why what could not be computed could not."
+    why = undefined(numbers)
+    write_json(Path(run) / EVALUATION, {**numbers, **({"why_not": why} if why else {})})
 
 
 def read_text_counts(run: str | Path) -> list[dict]:  # per source; empty if nobody counted
     "How many texts each source gave."
-    path = Path(run) / TEXTS
-    return read_json(path, made_again_with(TEXTS)) if path.exists() else []
+    path, remedy = Path(run) / TEXTS, made_again_with(TEXTS)
+    return check_form(list[_Source], read_json(path, remedy), path, remedy) if path.exists() else []
+
+
+class _Source(BaseModel):
+    source: str
+    given: int = Field(default=0, ge=0)
+    distinct: int = Field(default=0, ge=0)
+    repeated: int = Field(default=0, ge=0)
+    empty: int = Field(default=0, ge=0)
 
 
 def write_text_counts(run: str | Path, counts: list[dict]) -> None:
     "Keep how many texts each source gave."
     write_json(Path(run) / TEXTS, counts)
+
+# %% ../nbs/02_folder.ipynb #785d9ca8
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class _Shard(BaseModel):
+    name: str = Field(pattern=r"^\w+$")
+    rows: int = Field(ge=0)
+    texts: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=_SHA256)
+    columns_sha256: str = Field(pattern=_SHA256)
+    texts_sha256: str = Field(pattern=_SHA256)
+
+
+class _StorePair(BaseModel):
+    names: list[str] = Field(min_length=2)
+    n_layers: list[int] = []
+    dtype: list[str] = []
+
+
+class _StoreSettings(BaseModel):
+    origin: str = Field(alias="from")
+    pair: _StorePair | None = None
+    layer: int | None = None
+    tokens: str = "all"
+
+    @model_validator(mode="after")
+    def _has_pair(self) -> "_StoreSettings":
+        if self.origin == "models" and (self.pair is None or self.layer is None):
+            raise ValueError("activations of models need pair and layer")
+        return self
+
+
+class Manifest(BaseModel):
+    "The form of a store's `manifest.json`."
+
+    format: int = 1
+    d_in: list[int] = Field(min_length=1)
+    settings: _StoreSettings
+    shards: list[_Shard]
+    counts: dict[str, int]
+    complete: bool
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Manifest":
+        if min(self.d_in) < 1:
+            raise ValueError(f"d_in is {self.d_in}, expected at least 1 each")
+        for s in self.shards:
+            if s.rows * (2 * sum(self.d_in) + 16) > s.bytes:
+                raise ValueError(f"shard {s.name} has {s.bytes} bytes, too few for {s.rows} rows of {sum(self.d_in)}")
+        return self
+
+
+def read_manifest(store: str | Path) -> dict:
+    "A store's manifest; a folder without one, a damaged one or one of a newer version raises `BadInput`."
+    path, remedy = Path(store) / "manifest.json", "Extract again into another folder, or restore the file"
+    try:
+        found = check_form(dict, read_json(path, remedy), path, remedy)
+    except OSError:
+        raise BadInput(f"{store} is not an activation store: it has no manifest.json. `extract` makes one") from None
+    check_version(found.get("format", 1), 1, path)
+    return check_form(Manifest, found, path, remedy)
 
 # %% ../nbs/02_folder.ipynb #f0000017
 FORMER_COLUMNS = {
@@ -132,7 +322,7 @@ def save_table(
 ) -> None:
     "Write a feature table as parquet, whole or not at all."
     data = io.BytesIO()
-    table.assign(examples=table.examples.map(json.dumps)).to_parquet(data)
+    table.assign(examples=table.examples.map(to_json)).to_parquet(data)
     write_atomic(path, data.getvalue())
 
 
@@ -141,12 +331,117 @@ def load_table(path: str | Path) -> pd.DataFrame:
     if not Path(path).exists():
         raise BadInput(f"{path} is not there: `crosscoder features` makes it")
     try:
+        check_table_size(Path(path))
         table = pd.read_parquet(path)
+    except BadInput:
+        raise
     except Exception as e:  # pyarrow has many
         raise BadInput(
-            f"{path} is not a whole parquet file: {str(e).splitlines()[0]}. {made_again_with(FEATURES)}"
+            f"{path} is not a whole parquet file: {printable(e)[:200]}. {made_again_with(FEATURES)}"
         ) from None
-    if "examples" not in table:
-        columns = ", ".join(map(str, table.columns[:6]))
-        raise BadInput(f"{path} is not a feature table: it has the columns {columns} and no examples")
-    return table.rename(columns=FORMER_COLUMNS).assign(examples=table.examples.map(json.loads))
+    if missing := [c for c in ("label", "examples") if c not in table]:
+        columns = printable(", ".join(map(str, table.columns[:6])))
+        raise BadInput(f"{path} is not a feature table: it has the columns {columns} and no {' and no '.join(missing)}")
+    labels, remedy = table.label.unique().tolist(), made_again_with(FEATURES)
+    if odd := [x for x in labels if x not in ("A", "B", "shared", "undecided", "dead")]:
+        raise BadInput(f"{path} is damaged: it has the label {printable(odd[0])!r}. {remedy}")
+    examples = [check_form(list[dict], parse_json(x, path, remedy), path, remedy) for x in table.examples.map(str)]
+    return table.rename(columns=FORMER_COLUMNS).assign(examples=pd.Series(examples, table.index, object))
+
+
+def check_table_size(path: Path) -> None:
+    "`BadInput` for a parquet file that declares a thousand times the room that it has."
+    about = parquet.read_metadata(path)
+    declared, there = about.num_rows * about.num_columns * 8, path.stat().st_size
+    if declared > max(1000 * there, 2**26):
+        raise BadInput(f"{path} was not read: it declares {declared:,} bytes of numbers, and has {there:,}")
+
+# %% ../nbs/02_folder.ipynb #beb7bfc3
+LOCK, WRITER = ".lock", ".writer.json"
+_FRESH, _EVERY = 60.0, 10.0  # seconds: how long a note counts, and how often it is touched
+_OURS = {
+    CONFIG,
+    TEXTS,
+    METRICS,
+    EVALUATION,
+    MODEL,
+    FEATURES,
+    REPORT,
+    ERROR,
+    "manifest.json",
+    "sweep.json",
+    "bench.json",
+}
+
+
+def check_run_folder(folder: str | Path) -> Path:
+    "The folder, if a run may be written there; an empty name, a file, or a folder of something else raise `BadInput`."
+    path = Path(folder)
+    if not str(folder).strip():
+        raise BadInput("the folder for the run has no name: expected one as in runs/mine")
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path} is a file: expected a folder, there already or not")
+    files = {p.name for p in path.iterdir() if p.is_file() and not p.name.startswith(".")} if path.exists() else set()
+    if files and not files & _OURS:
+        raise BadInput(f"{path} is not a run: it holds {printable(min(files))}. Nothing was changed: name a new folder")
+    if CONFIG in files:
+        config = check_form(dict, read_json(path / CONFIG, made_again_with(CONFIG)), path / CONFIG)
+        if config and not config.keys() & RunConfig.model_fields.keys() - {"format"}:
+            raise BadInput(
+                f"{path} is not a run: its {CONFIG} is of something else. Nothing was changed: name a new folder"
+            )
+    return path
+
+
+def _taken(folder: Path) -> BadInput:
+    with suppress(OSError, BadInput, KeyError, TypeError):
+        who = read_json(folder / WRITER)
+        by = f"process {who['pid']} on {printable(who['host'])}, since {printable(who['since'])},"
+        return BadInput(f"{by} writes into {folder}: wait for it, or use another folder")
+    return BadInput(f"another process writes into {folder}: wait for it, or use another folder")
+
+
+def _note_writer(folder: Path, ended: threading.Event) -> None:  # until it has ended
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_json(folder / WRITER, mine)
+
+    def touch():
+        while not ended.wait(_EVERY):
+            with suppress(OSError):
+                os.utime(folder / WRITER)
+
+    threading.Thread(target=touch, daemon=True).start()
+
+
+def _is_elsewhere(folder: Path) -> bool:  # whether a process of another machine has touched its note just now
+    with suppress(OSError, BadInput, AttributeError):
+        host = read_json(folder / WRITER).get("host")
+        return host != socket.gethostname() and time.time() - (folder / WRITER).stat().st_mtime < _FRESH
+    return False
+
+
+@contextmanager
+def one_writer(folder: str | Path) -> Iterator[None]:
+    "Write into a folder alone; while another process does, `BadInput` says which. In one process it may be nested."
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock: Any = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
+        lock.acquire()
+    except Timeout:
+        raise _taken(folder) from None
+    except OSError as e:
+        raise BadInput(f"{folder} cannot be written: {e.strerror}. Choose another folder") from None
+    ended = threading.Event()
+    try:
+        if lock.lock_counter == 1:
+            if _is_elsewhere(folder):
+                raise _taken(folder)
+            _note_writer(folder, ended)
+        yield
+    finally:
+        ended.set()
+        if lock.lock_counter == 1 and not _is_elsewhere(folder):
+            (folder / WRITER).unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)  # who waits for it sees that it is gone, and makes another
+        lock.release()

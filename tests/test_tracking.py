@@ -310,7 +310,9 @@ def test_killed_offline_and_synced(server, parts, tmp_path, monkeypatch):
         "name",
         [1, 1, 0, 0],
     )
-    assert {k: run["config"][k] for k in ("model", "train", "data")} == json.loads((out / "config.json").read_text())
+    assert {k: run["config"][k] for k in ("format", "model", "train", "data")} == json.loads(
+        (out / "config.json").read_text()
+    )
     assert run["summary"]["heldout/fve_a"] == evaluation["fve_a"]
     assert server.files["artifact/model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert json.loads(server.files["artifact/config.json"]) == json.loads((out / "config.json").read_text())

@@ -53,11 +53,11 @@ class Explained:
         "Sum of squares around the mean of all rows."
         return self.squares - self.total.square().sum().item() / self.n
 
-    def result(self) -> dict[str, float]:
-        "fve, mse and cosine; fve is nan where all rows are the same."
+    def result(self) -> dict[str, float | None]:
+        "fve, mse and cosine; fve is None where all rows are the same."
         spread = self.spread()
         return {
-            "fve": 1 - self.error / spread if spread > 0 else float("nan"),
+            "fve": 1 - self.error / spread if spread > 1e-12 * self.squares and spread > 0 else None,
             "mse": self.error / (self.n * self.d),
             "cosine": self.cosine / self.n,
         }
@@ -101,7 +101,7 @@ def evaluate(
     }
 
 # %% ../../nbs/analysis/40_evaluation.ipynb #763087c9
-def _per_model(explained: Sequence[Explained]) -> dict[str, float]:
+def _per_model(explained: Sequence[Explained]) -> dict[str, float | None]:
     "FVE, MSE and cosine with the model's letter behind them, and the MSE over all models."
     out = {f"{key}_{m}": value for m, e in zip(ascii_lowercase, explained) for key, value in e.result().items()}
     n = explained[0].n

@@ -316,7 +316,7 @@ def moved_context(
     moved = (in_a & of_nearest(in_b)) | (in_b & of_nearest(in_a))
     columns = {
         "context_moved": moved & (found.nearest_cosine > ALONG),
-        "context_moved_q": np.maximum(q, of_nearest(q)).where(in_a | in_b),
+        "context_moved_q": q.clip(lower=of_nearest(q)).where(in_a | in_b),
     }
     return pd.DataFrame(columns)
 

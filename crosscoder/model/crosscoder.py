@@ -12,18 +12,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
 import crosscoder.model.dfc as dfc
 import crosscoder.model.formats as formats
-from ..basics import BadInput, load_strictly
+from ..basics import BadInput, check_device, load_strictly, whole
+from ..files import tensors_sha256
 from .foreign import fetch  # with it come the formats of others
 from .formats import Weights, read_native
 from .partition import Normalizer, Partition, exclusive_sizes
 from .sparse import ACTIVATIONS, Codes, Layout, decode, encode, padded, select_above
 
 # %% ../../nbs/model/16_crosscoder.ipynb #cda68c6b
+def _check_room(dict_size: int, channels: int) -> None:  # `BadInput` where the weights are more than this machine has
+    needed, there = 8 * dict_size * channels, psutil.virtual_memory().total
+    if needed > there:
+        sizes = f"a dictionary of {dict_size:,} features over {channels:,} channels takes {needed / 1e9:,.0f} GB"
+        raise BadInput(f"{sizes}, and this machine has {there / 1e9:,.0f}: make it smaller")
+
+
+def _again(module: Any, _: Any) -> None:  # after weights were loaded
+    module.apply_partition()
+
+
 class FlatWeights(nn.Module):
     "Sizes, partition, normalizer and weights on the flat axis, `(dict_size, Σd)`."
 
@@ -42,10 +56,12 @@ class FlatWeights(nn.Module):
         equal_start: bool = True,  # models of one width start with the same directions; otherwise each with its own
     ):
         super().__init__()
-        d_in = tuple(int(d) for d in d_in)
+        d_in = tuple(whole("d_in", d, 1) for d in d_in)
         if len(d_in) < 2:
             raise BadInput(f"a crosscoder needs at least two models, d_in is {d_in}")
-        dict_size = dict_size or 8 * max(d_in)
+        dict_size = whole("dict_size", dict_size or 8 * max(d_in), 1)
+        k, seed = whole("k", k), whole("seed", seed)
+        _check_room(dict_size, sum(d_in))
         if activation not in ACTIVATIONS:
             raise BadInput(f"activation {activation!r} is unknown: one of {', '.join(ACTIVATIONS)}")
         if not 1 <= k <= dict_size:
@@ -58,15 +74,16 @@ class FlatWeights(nn.Module):
         g = torch.Generator().manual_seed(seed)
         drawn: dict[Any, Tensor] = {}
         for m, d in enumerate(d_in):
-            drawn.setdefault(d if equal_start else m, torch.randn(dict_size, d, generator=g))
+            drawn.setdefault(d if equal_start else m, torch.randn(dict_size, d, generator=g, dtype=torch.float32))
         start = [drawn[d if equal_start else m] for m, d in enumerate(d_in)]
         rows = torch.cat([0.4 * nn.functional.normalize(rows) for rows in start], 1)
-        self.encoder, self.encoder_bias = nn.Parameter(rows.clone()), nn.Parameter(torch.zeros(dict_size))
-        self.decoder, self.decoder_bias = nn.Parameter(rows), nn.Parameter(torch.zeros(sum(d_in)))
-        self.register_buffer("threshold", torch.tensor(0.0))
+        zeros = lambda size: nn.Parameter(torch.zeros(size, dtype=torch.float32))  # whatever the default is
+        self.encoder, self.encoder_bias = nn.Parameter(rows.clone()), zeros(dict_size)
+        self.decoder, self.decoder_bias = nn.Parameter(rows), zeros(sum(d_in))
+        self.register_buffer("threshold", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("frozen", torch.zeros(dict_size, dtype=torch.uint8))
         self.apply_partition()
-        self.register_load_state_dict_post_hook(lambda self, _: self.apply_partition())
+        self.register_load_state_dict_post_hook(_again)
 
     @torch.no_grad()
     def apply_partition(self) -> None:
@@ -128,13 +145,15 @@ class CardNames(FlatWeights):
         return {"enc_max_violation": worst(self.encoder), "dec_max_violation": worst(self.decoder)}
 
 # %% ../../nbs/model/16_crosscoder.ipynb #c2c300ce
-Raw = Tensor | Sequence[Tensor]  # raw activations: (batch, M, d), a tuple of (batch, d_m), or flat (batch, Σd)
+Raw = Any  # of tensors or arrays; raw activations: (batch, M, d), a tuple of (batch, d_m), or flat (batch, Σd)
 
 
 def flatten(x: Raw, d_in: Sequence[int], like: Tensor) -> Tensor:  # (batch, Σd), type and device of `like`
-    "All forms of a batch laid side by side; another shape raises `BadInput`."
+    "All forms of a batch laid side by side, arrays too; another shape raises `BadInput`."
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(x))
     if not isinstance(x, Tensor):
-        parts = tuple(x)
+        parts = tuple(p if isinstance(p, Tensor) else torch.as_tensor(np.ascontiguousarray(p)) for p in x)
     elif x.dim() == 3:
         parts = x.unbind(1)
     elif x.dim() == 2 and x.shape[1] == sum(d_in):
@@ -223,7 +242,8 @@ class SparseCoder(RawUnits):
 
     def decode(self, features: Tensor) -> Any:  # (batch, M, d), or a tuple of (batch, d_m) where widths differ
         "Raw activations from dense features (batch, dict_size)."
-        z = features @ self.decoder + self.decoder_bias
+        with torch.autocast(features.device.type, enabled=False):
+            z = features.to(self.decoder.dtype) @ self.decoder + self.decoder_bias
         return by_model(self.normalizer.undo(z), self.d_in)
 
     def forward(self, x: Raw) -> tuple[Any, Tensor]:
@@ -276,16 +296,31 @@ class Records(SparseCoder):
         return f"CrossCoder({sizes}, {self.activation}{k}, normalizer {normalizer})"
 
 # %% ../../nbs/model/16_crosscoder.ipynb #083d79ed
+def _check_tensors(w: Weights, path: str | Path) -> None:
+    "`BadInput` before anything is made for weights of other sizes than declared, or with NaN, Inf or a scale of 0."
+    sizes = (w.config.get("dict_size"), sum(w.config.get("d_in", ())))
+    if "encoder" in w.state and (found := tuple(w.state["encoder"].shape)) != sizes:
+        raise BadInput(f"{path} does not fit its configuration: encoder has the shape {found}, expected {sizes}")
+    for name, t in w.state.items():
+        if not t.isfinite().all():
+            raise BadInput(f"{path} holds NaN or Inf in {name}: it is damaged, or its training failed. Use another")
+    if "normalizer.scale" in w.state and not (w.state["normalizer.scale"] > 0).all():
+        raise BadInput(f"{path} has a normalizer.scale that is not over 0: it is damaged. Use another")
+
+
 def from_weights(
     w: Weights,
     path: str | Path = "these weights",  # is named if they do not fit
 ) -> "CrossCoder":
     "A model from a record; what does not fit raises `BadInput`."
+    _check_tensors(w, path)
     try:
         cc = CrossCoder(**w.config)
     except TypeError as e:
         raise BadInput(f"{path} has the configuration {w.config}, which is not one of a CrossCoder: {e}") from None
     load_strictly(cc, w.state, path)
+    if w.sha256 not in (None, tensors_sha256(formats.to_file(w.state))):
+        raise BadInput(f"{path} was altered: its checksum is not the one that it says. Restore it, or make it again")
     cc.info = w.info
     if w.warning:
         warnings.warn(w.warning, stacklevel=3)
@@ -308,21 +343,21 @@ class CrossCoder(Records):
     def load(
         cls,
         folder: str | Path,  # a folder or a weight file: ours, the card's, or any other of `formats.FORMATS`
-        device: str = "cpu",  # where the model shall live
+        device: Any = "cpu",  # where the model shall live
     ) -> "CrossCoder":
         "A model from a folder, in eval mode. Warns if the file brings no normalizer."
-        path = formats.find_weights(folder)
-        return from_weights(formats.load_weights(path), path).to(device).eval()
+        place, path = check_device(device), formats.find_weights(folder)
+        return from_weights(formats.load_weights(path), path).to(place).eval()
 
     @classmethod
     def from_pretrained(
         cls,
         repo: str,  # a folder, a repo on the hub such as "antebe1/cc-D16k-k90", or a folder of one: "owner/name/folder"
-        device: str = "cpu",  # where the model shall live
+        device: Any = "cpu",  # where the model shall live
     ) -> "CrossCoder":
         "A published model. Only weights, JSON and YAML are fetched; a `dfc.py` in the repo is never run."
-        path = formats.find_weights(fetch(repo))
-        return from_weights(formats.load_weights(path), path).to(device).eval()
+        place, path = check_device(device), formats.find_weights(fetch(repo))
+        return from_weights(formats.load_weights(path), path).to(place).eval()
 
 
 DFCCrossCoder = CrossCoder  # the card's name for it

@@ -104,7 +104,7 @@ class DFCCrossCoder(PartitionedWeights):
     def load(cls, folder: str | Path, device: str = "cpu") -> "DFCCrossCoder":
         "The model of a folder in the card's format, in eval mode."
         folder = Path(folder)
-        model = cls(**json.loads((folder / "config.json").read_text()))
+        model = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
         return model.to(device).eval()
 
@@ -113,4 +113,4 @@ class DFCCrossCoder(PartitionedWeights):
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(self.state_dict(), Path(folder) / "model.pt")
         config = {key: getattr(self, key) for key in CONFIG_KEYS}
-        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

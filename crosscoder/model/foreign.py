@@ -10,7 +10,6 @@ __all__ = ['DL', 'CODE_NORMS', 'MARKS', 'CROSSCODE', 'JUMP', 'CROSSCODE_FUNCTION
            'why', 'fetch']
 
 # %% ../../nbs/model/14_foreign.ipynb #1c459d49
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 import crosscoder.model.formats as formats
-from ..basics import BadInput, write_atomic
+from ..basics import BadInput, plain, to_json, write_atomic
 from .formats import CARD, FORMATS, NO_STATISTICS, Format, Weights, emit, fold, from_arrays, ours, parse
 
 # %% ../../nbs/model/14_foreign.ipynb #640576b4
@@ -75,7 +74,7 @@ def dl_statistics(tensors: dict[str, Any], m: int) -> tuple[Tensor | None, Tenso
     "Mean (M, d), None where there is none or it is NaN, and one factor per model (M,)."
     factor = tensors.get("activation_global_scale", torch.ones(m)).float()
     mean = tensors.get("activation_mean")
-    return (None if mean is None or mean.isnan().any() else mean), factor
+    return (None if mean is None or mean.isnan().all() else mean), factor
 
 
 def dl_warning(tensors: dict[str, Any], said: dict, batchtopk: bool, path: Path) -> str:
@@ -139,7 +138,7 @@ def write_dl(w: Weights, folder: Path, model: int) -> None:
         said["k"] = c["k"]
     said |= {"dict_class": "BatchTopKCrossCoder" if batchtopk else "CrossCoder", "layer": w.info.get("layer")}
     formats.write_tensors(folder / "ae.pt", state)
-    write_atomic(folder / "config.json", json.dumps({"trainer": said, "crosscoder": ours(w)}, indent=2))
+    write_atomic(folder / "config.json", to_json({"trainer": said, "crosscoder": ours(w)}, indent=2))
 
 
 FORMATS["dictionary_learning"] = Format(("encoder.weight", "decoder.weight"), ("config.json",), read_dl, write_dl)
@@ -164,7 +163,7 @@ def write_ckkissane(w: Weights, folder: Path, model: int) -> None:
     cfg = {"d_in": c["d_in"][0], "dict_size": c["dict_size"], "enc_dtype": "fp32", "dec_init_norm": 0.08}
     cfg |= {"seed": 0, "device": "cpu", "crosscoder": ours(w)}
     formats.write_tensors(folder / "cc_weights.pt", emit(fold(w), CARD))
-    write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
+    write_atomic(folder / "cfg.json", to_json(cfg, indent=2))
 
 
 MARKS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -249,7 +248,7 @@ def write_crosscode(w: Weights, folder: Path, model: int) -> None:
         **{"n_models": m, "n_hookpoints": 1, "d_model": c["d_in"][0], "n_latents": size},
         "activation_fn": {"classname": name, "cfg": cfg},
         **{"use_encoder_bias": True, "use_decoder_bias": True, "dtype": "float32"},
-        "crosscoder": json.loads(json.dumps(ours(w))),
+        "crosscoder": plain(ours(w)),
     }
     formats.write_tensors(folder / "model.pt", state)
     write_atomic(folder / "model_cfg.yaml", yaml.safe_dump(settings))
@@ -314,7 +313,7 @@ def write_llama(w: Weights, folder: Path, model: int) -> None:
     settings |= {"norm_activation": "inference", "hook_points": hooks, "sparsity_include_decoder_norm": True}
     settings |= {"use_decoder_bias": True, "crosscoder": ours(w)}
     formats.write_tensors(folder / "sae_weights.safetensors", emit(folded, LLAMA) | norms)
-    write_atomic(folder / "config.json", json.dumps(settings, indent=2))
+    write_atomic(folder / "config.json", to_json(settings, indent=2))
 
 
 FORMATS["llamascopium"] = Format(("W_E", "b_E", "W_D", "b_D"), ("config.json",), read_llama, write_llama)
@@ -363,7 +362,7 @@ def write_saelens(w: Weights, folder: Path, model: int = 0) -> None:
     cfg |= {"k": c["k"], "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
     cfg["metadata"] = {**versions, "note": note, "crosscoder": {**ours(w), "model": model}}
     formats.write_tensors(folder / "sae_weights.safetensors", {k: v.float() for k, v in state.items()})
-    write_atomic(folder / "cfg.json", json.dumps(cfg, indent=2))
+    write_atomic(folder / "cfg.json", to_json(cfg, indent=2))
     write_atomic(folder / "NOTE.txt", note + "\n")
 
 

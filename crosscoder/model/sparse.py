@@ -328,8 +328,9 @@ def pre_activations(
     bias: Tensor,  # (n_features,)
     out: Tensor | None = None,  # (n, n_features) where the result goes; made if left out
 ) -> Tensor:  # (n, n_features), without gradient
-    "The encoder's dense product, which decides what is selected."
-    return torch.addmm(bias, x, weight.T, out=out)
+    "The encoder's dense product, which decides what is selected; autocast does not touch it."
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addmm(bias, x, weight.T, out=out)
 
 # %% ../../nbs/model/12_sparse.ipynb #5f6e932e
 def encode(

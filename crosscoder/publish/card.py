@@ -16,13 +16,14 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+import crosscoder.folder as run_files
 from ..analysis.features import evidence_note, verdict
 from ..basics import BadInput, Safe, bib, code, md, printable, py, repo_name
-from ..folder import CONFIG, EVALUATION, FEATURES, TEXTS, load_table
 from ..model.crosscoder import CrossCoder
 from ..model.formats import TEMPLATES
 from ..model.sparse import ACTIVATIONS
-from ..run.run import find_store, finished_run, read_object
+from ..run.run import find_store, finished_run
+from ..sweep.effects import read_sweep
 
 # %% ../../nbs/publish/77_card.ipynb #9eb5e3b6
 EMBEDDED = ("SmolLM2-135M-Instruct + tool-use LoRA", "SmolLM2-135M-Instruct")  # the names of `default_pair`
@@ -200,7 +201,9 @@ def _evaluation(
     if not e:
         return []
     measures = {"fve": "FVE", "mse": "MSE", "cosine": "Cosine of reconstruction and activation"}
-    rows = [(f"{what} of model {m.upper()}", f"{e[f'{key}_{m}']:#.4g}") for key, what in measures.items() for m in "ab"]
+    said = lambda key: run_files.in_figures(e.get(key), "#.4g")
+    rows = [(f"{what} of model {m.upper()}", said(f"{key}_{m}")) for key, what in measures.items() for m in "ab"]
+    rows += [("What is not defined", why)] if (why := run_files.undefined(e)) else []
     rows.append(("L0 (active features a token)", f"{e['l0_total']:.1f}"))
     if e.get("l0_a_excl") or e.get("l0_b_excl"):
         parts = {"a_excl": "A's own", "b_excl": "B's own", "shared": "shared"}
@@ -287,11 +290,8 @@ def _results(
     "What goes into the model index."
     from huggingface_hub import EvalResult
 
-    metrics = {
-        "fve_a": ("explained-variance", "FVE of model A"),
-        "fve_b": ("explained-variance", "FVE of model B"),
-        "l0_total": ("l0", "active features a token"),
-    }
+    metrics = {f"fve_{m}": ("explained-variance", f"FVE of model {m.upper()}") for m in "ab"}
+    metrics["l0_total"] = ("l0", "active features a token")
     about: dict[str, Any] = {
         "task_type": "feature-extraction",
         "task_name": "reconstruction of activations",
@@ -299,8 +299,8 @@ def _results(
         "dataset_split": "test",
         "dataset_name": printable("held-out texts: " + ", ".join(sources)) if sources else "held-out texts",
     }
-    value = lambda key: round(evaluation[key], 6)
-    return [EvalResult(**about, metric_type=t, metric_name=n, metric_value=value(k)) for k, (t, n) in metrics.items()]
+    named = [(*metrics[k], round(v, 6)) for k in metrics if (v := evaluation[k]) is not None]
+    return [EvalResult(**about, metric_type=kind, metric_name=name, metric_value=v) for kind, name, v in named]
 
 # %% ../../nbs/publish/77_card.ipynb #44dbb8d0
 _TAGS = ["sparse-autoencoder", "crosscoder", "interpretability", "mechanistic-interpretability"]
@@ -358,12 +358,13 @@ class RunRecord(NamedTuple):
 def _record(run: Path) -> RunRecord:
     "Read a run; what is damaged raises `BadInput`."
     cc = CrossCoder.load(finished_run(run))
-    config = read_object(run / CONFIG) or {}
-    sweep = read_object(run.parent.parent / "sweep.json") if "cell" in config else None
-    evaluation = read_object(run / EVALUATION)
-    table = load_table(run / FEATURES) if (run / FEATURES).exists() else None
+    config = run_files.read_config(run) if (run / run_files.CONFIG).exists() else {}
+    of_sweep = "cell" in config and (run.parent.parent / "sweep.json").exists()
+    sweep = read_sweep(run.parent.parent)[0] if of_sweep else None
+    evaluation = run_files.read_evaluation(run) if (run / run_files.EVALUATION).exists() else None
+    table = run_files.load_table(run / run_files.FEATURES) if (run / run_files.FEATURES).exists() else None
     store, manifest = find_store(run, config)
-    texts = read_object(run / TEXTS, list) or (read_object(store.parent / TEXTS, list) if store else None)
+    texts = run_files.read_text_counts(run) or (run_files.read_text_counts(store.parent) if store else None)
     return RunRecord(cc, config, evaluation, table, texts, manifest, sweep)
 
 # %% ../../nbs/publish/77_card.ipynb #de2988d4
@@ -381,8 +382,7 @@ def _found(r: RunRecord) -> dict[str, Any]:  # by the names of the template
 def _made(r: RunRecord) -> dict[str, Any]:  # by the names of the template
     "Of which models and which layer it is, and how it was made."
     hparams = r.cc.hparams()
-    layer = hparams["layer"]
-    models = [hparams["model_a"], hparams["model_b"]]
+    layer, *models = (hparams[key] for key in ("layer", "model_a", "model_b"))
     settings = r.manifest.get("settings") or r.config.get("data", {}).get("settings") or {}
     layers, last_layer = _layers(settings, layer)
     return {

@@ -184,7 +184,7 @@ def publish(
 def _left_out(run: Path) -> str:
     "Why a run of a sweep cannot be published; empty if it can."
     if (run / ERROR).exists():
-        lines = (run / ERROR).read_text().strip().splitlines()
+        lines = (run / ERROR).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return "failed: " + (lines[0] if lines else "")
     return "" if all((run / name).exists() for name in (MODEL, EVALUATION, FEATURES)) else "not finished"
 

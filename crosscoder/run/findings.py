@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ..basics import BadInput, printable, read_json, write_atomic, write_json
+from ..basics import BadInput, plain, printable, read_json, write_atomic, write_json
 from ..changes.layers import CLOSES_ENOUGH, compare_layers
 from ..changes.outputs import Outputs, check_heads, compare_outputs, parting_contexts, source_table
 from ..changes.samples import compare_samples, sample_lines
@@ -291,7 +291,7 @@ def as_json(
     "Names, numbers with their intervals, the sentences, and a run's labels."
     measured = {name: n._asdict() for name, n in numbers(found).items()}
     what = {"names": list(found.names), "numbers": measured, "sentences": sentences(found), "labels": labels}
-    return json.dumps(what, indent=1, ensure_ascii=False)
+    return json.dumps(plain(what), indent=1, ensure_ascii=False, allow_nan=False)
 
 # %% ../../nbs/run/60_findings.ipynb #2f6639a8
 class Gate(NamedTuple):

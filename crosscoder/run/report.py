@@ -32,6 +32,7 @@ from ..basics import BadInput, printable, write_atomic
 from ..changes.layers import plot_layers
 from ..changes.weights import plot_weights
 from ..changes.words import BESIDE, acts
+from ..folder import in_figures
 from ..model.crosscoder import CrossCoder
 from ..model.formats import TEMPLATES
 from .findings import Findings, sentences
@@ -208,7 +209,9 @@ def _tiles(r):  # the few numbers on top: what was found, and how well the dicti
         seeds, back = table.attrs["seeds"], table.comes_back[table.label.isin(["A", "B"])]
         every = {1: "the other seed", 2: "both other seeds"}.get(seeds, f"all {seeds} other seeds")
         found.append((f"{(back == seeds).sum():,} of {len(back):,}", f"features only in A or B came back in {every}"))
-    fve = [(f"{r.evaluation[f'fve_{m}']:.3f}", f"FVE of model {m.upper()}") for m in ascii_lowercase[: len(r.cc.d_in)]]
+    fve = [
+        (in_figures(r.evaluation[f"fve_{m}"]), f"FVE of model {m.upper()}") for m in ascii_lowercase[: len(r.cc.d_in)]
+    ]
     return [
         found,
         [
@@ -392,7 +395,9 @@ def _page(r, store):  # everything the template shows
         "names": made.get("pair", {}).get("names", ["model A", "model B"]),
         "changes": _changes(r.changes, made.get("layer"), r.cc.info.get("change_features", {})),
         "tiles": _tiles(r),
-        "evaluation": [(k, f"{v:,.4g}" if isinstance(v, float) else f"{v:,}") for k, v in e.items()],
+        "evaluation": [
+            (k, v if isinstance(v, str) else in_figures(v, ",.4g" if type(v) is float else ",")) for k, v in e.items()
+        ],
         "by_source": for_source,
         "by_label": for_label,
         "verdict": verdict(r.table),

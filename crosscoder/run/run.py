@@ -17,14 +17,17 @@ from ..basics import BadInput, read_json
 from ..data.store import ActivationStore, StorePart
 from crosscoder.folder import (
     ACTIVATIONS_FOLDER,
+    CONFIG,
     FEATURES,
     MADE_BY,
     MODEL,
     SEEDS_FOLDER,
+    in_figures,
     load_table,
     mean_fve,
     read_config,
     read_evaluation,
+    read_manifest,
     read_metrics,
     read_text_counts,
 )
@@ -113,7 +116,7 @@ def find_store(
     "The activations that a run was trained on: its own, or those that its settings point to."
     shards = config.get("data", {}).get("shards")
     for folder in (run / ACTIVATIONS_FOLDER, run / str(config.get("store") or ACTIVATIONS_FOLDER)):
-        manifest = read_object(folder / "manifest.json")
+        manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
         if manifest and shards and [s["sha256"][: len(shards[0])] for s in manifest["shards"]] == shards:
             return folder, manifest
     return None, {}
@@ -132,7 +135,9 @@ class Run(RunFiles):
         if not self.store.manifest["complete"]:
             again = f"run `crosscoder extract --out {self.path}` with the same settings to go on"
             raise BadInput(f"the extraction in {self.path} was not finished: {again}")
-        split = self.config["split"]
+        split = self.config.get("split")
+        if not split:
+            raise BadInput(f"{self.path / CONFIG} does not say what is held out: `crosscoder train` writes that")
         return self.store.split(split["test"], split["split_seed"])
 
     def crosscoder(self, device: str = "cpu") -> CrossCoder:
@@ -149,7 +154,9 @@ class Run(RunFiles):
             return f"Run({self.path}: not finished, {', '.join(missing)} missing)"
         counts = self.features.label.value_counts()
         labels = ", ".join(f"{counts[x]:,} {x}" for x in ("A", "B", "shared", "undecided", "dead") if x in counts)
-        return f"Run({self.path}: {len(self.features):,} features, {labels}; FVE {mean_fve(self.evaluation):.3f})"
+        return (
+            f"Run({self.path}: {len(self.features):,} features, {labels}; FVE {in_figures(mean_fve(self.evaluation))})"
+        )
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(repr(self))}</p>"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..basics import BadInput
+from ..basics import BadInput, check_device
 from ..training.config import CARD_PROJECT, ModelConfig, TrainConfig, card_recipe
 
 # %% ../../nbs/run/63_settings.ipynb #p0000006
@@ -149,6 +149,8 @@ def check_settings(
         make(cls, settings)
     make(ExtractConfig, settings).number()
     check_pair(settings)
+    for device in (settings["device"] or "cpu").split(","):
+        check_device(device)
     for name in ("output_texts", "layer_texts"):
         if settings[name] < 1:
             raise BadInput(f"{name} is {settings[name]}: expected at least 1")

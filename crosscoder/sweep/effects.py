@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pyarrow.lib import ArrowException
 from pyarrow.parquet import read_schema
 
 from ..basics import BadInput, printable, read_json
-from ..folder import CONFIG, ERROR, EVALUATION, FEATURES, mean_fve
+from ..folder import CONFIG, ERROR, EVALUATION, FEATURES, check_table_size, mean_fve, undefined
 from ..stats import interval
 
 # %% ../../nbs/sweep/71_effects.ipynb #87d8afe1
@@ -67,6 +68,8 @@ def _evaluated(path):
     "FVE, L0 and dead features from a run's evaluation."
     numbers = _object(path)
     names = {"fve_a": "fve_a", "fve_b": "fve_b", "l0": "l0_total", "dead": "dead_fraction"}
+    if why := undefined(numbers):
+        raise BadInput(why)
     for key in names.values():
         value = numbers.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -78,9 +81,10 @@ def _evaluated(path):
 def _counted(path):
     "Features by label and by partition from a run's table; why there are no labels, if there are none."
     try:
+        check_table_size(path)
         strengths = [name for name in ("change",) if name in read_schema(path).names]  # former tables have none
         table = pd.read_parquet(path, columns=["label", "partition", *strengths])
-    except (OSError, ValueError):
+    except (OSError, ValueError, ArrowException):
         raise BadInput(f"{path.name} is damaged, or no table of features") from None
     labels = table.label.value_counts().to_dict()
     given = table.partition.value_counts().to_dict()
@@ -103,7 +107,7 @@ def _read(folder, settings):
     try:
         settings = _own_settings(folder, settings)
         if (folder / ERROR).exists():
-            text = (folder / ERROR).read_text(errors="replace").strip() or f"{ERROR} is empty"
+            text = (folder / ERROR).read_text(encoding="utf-8", errors="replace").strip() or f"{ERROR} is empty"
             raise BadInput(printable(text.splitlines()[0]))
         if not all((folder / f).exists() for f in (CONFIG, EVALUATION, FEATURES)):
             return settings, {"state": "unfinished"}
@@ -132,7 +136,7 @@ def _tidy(value):
         return json.dumps(value, sort_keys=True)
     try:
         number = json.loads(value) if isinstance(value, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
     if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
         return number

@@ -8,7 +8,6 @@ __all__ = ['OBJECT_STORES', 'LEASE', 'open_place', 'absolute_url', 'is_temporary
 
 # %% ../../nbs/sweep/74_remote.ipynb #c80e40b8
 import hashlib
-import json
 import os
 import re
 import socket
@@ -27,9 +26,10 @@ from fastcore.basics import patch
 from filelock import FileLock
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from pydantic import BaseModel
 
-from ..basics import BadInput, cache_dir, parse_json, write_atomic
-from ..folder import ERROR, METRICS
+from ..basics import BadInput, cache_dir, check_form, parse_json, to_json, write_atomic
+from ..folder import ERROR, LOCK, METRICS, WRITER
 
 # %% ../../nbs/sweep/74_remote.ipynb #3a3fe51f
 def open_place(
@@ -101,9 +101,17 @@ def read_lease(
 ) -> dict | None:
     "The lease of a run; None if there is none."
     try:
-        return json.loads(fs.cat_file(f"{root}/{LEASE}"))
+        text = cast(bytes, fs.cat_file(f"{root}/{LEASE}"))
     except FileNotFoundError:
         return None
+    remedy = "Delete it, and start the sweep again"
+    return check_form(_Lease, parse_json(text, f"{root}/{LEASE}", remedy), f"{root}/{LEASE}", remedy)
+
+
+class _Lease(BaseModel):
+    session: str
+    attempt: str | None = None
+    last: dict | None = None
 
 
 def write_lease(
@@ -112,7 +120,7 @@ def write_lease(
     lease: dict,
 ) -> None:
     "Put a lease into the folder of a run, over the one that is there."
-    put_whole(fs, f"{root}/{LEASE}", lambda path: fs.pipe_file(path, json.dumps(lease).encode()))
+    put_whole(fs, f"{root}/{LEASE}", lambda path: fs.pipe_file(path, to_json(lease).encode()))
 
 # %% ../../nbs/sweep/74_remote.ipynb #d22edc01
 class Attempt:
@@ -157,7 +165,7 @@ class Attempt:
         found = read_lease(self.fs, self.root)
         if found and found["session"] < self.session:
             write_lease(self.fs, self.root, self.lease)
-        elif not found or found["attempt"] != self.lease["attempt"]:
+        elif not found or found.get("attempt") != self.lease["attempt"]:
             raise self._taken()
 
     def end(self) -> None:
@@ -196,7 +204,7 @@ def _files(folder) -> Iterator[str]:  # names of the whole files in it; links (W
     for top, _, names in os.walk(folder):
         for name in names:
             path = Path(top, name)
-            if not is_temporary(name) and path.is_file() and not path.is_symlink():
+            if not is_temporary(name) and name not in (LOCK, WRITER) and path.is_file() and not path.is_symlink():
                 yield path.relative_to(folder).as_posix()
 
 
@@ -221,7 +229,7 @@ def _last_row(path):  # the last whole line, or None
     with open(path, "rb") as f:
         f.seek(max(0, path.stat().st_size - 16384))
         lines = f.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else None
+    return parse_json(lines[-1], path) if lines else None
 
 # %% ../../nbs/sweep/74_remote.ipynb #3ac7b450
 @patch
@@ -296,9 +304,19 @@ def _fetch_file(fs, path, local, sha256):  # unless it is there
     os.replace(part, local)
 
 
+class _ListedShard(BaseModel):
+    name: str
+    sha256: str
+    texts_sha256: str
+
+
+class _Listed(BaseModel):
+    shards: list[_ListedShard]
+
+
 def _listed(manifest, path):  # the files of a store -> [(name, sha256)]
     kinds = ((".safetensors", "sha256"), (".jsonl", "texts_sha256"))
-    shards = parse_json(manifest, path)["shards"]
+    shards = check_form(_Listed, parse_json(manifest, path), path)["shards"]
     files = [(f"{shard['name']}{end}", shard[sha256]) for shard in shards for end, sha256 in kinds]
     if bad := [name for name, _ in files if not re.fullmatch(r"\w+\.\w+", name)]:
         raise BadInput(f"{path} lists a shard {bad[0]!r}: expected a plain name")

@@ -10,15 +10,13 @@ __all__ = ['DONE', 'held_out', 'is_done', 'DataNotes', 'describe_store', 'RunGro
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from ..basics import BadInput, write_atomic, write_json
 from ..data.store import ActivationStore
@@ -28,11 +26,14 @@ from crosscoder.folder import (
     EVALUATION,
     FEATURES,
     METRICS,
+    check_run_folder,
     load_table,
     mean_fve,
+    one_writer,
     read_config,
     read_evaluation,
     read_text_counts,
+    undefined,
     update_config,
     write_text_counts,
 )
@@ -103,6 +104,8 @@ def _untrained(spec, folder, notes, tracker, device, part):
 def _measure(folder, cc, history, tracker, parts):
     "Held-out numbers and labels of a run, into its folder and to whoever tracks it -> the numbers."
     numbers = evaluate_stage(folder, cc, parts, progress=False)
+    if why := undefined(numbers):
+        raise BadInput(why)
     tell = (lambda table: track_results(tracker, numbers, table, history)) if tracker else None
     features_stage(folder, cc, parts, progress=False, before=tell)
     return numbers
@@ -234,17 +237,6 @@ def _check_settings(out, spec, known):
             )
 
 # %% ../../nbs/sweep/76_runner.ipynb #7400a012
-@contextmanager
-def _alone(out) -> Iterator[None]:
-    "The only process that works on a sweep."
-    Path(out).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(out) / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise BadInput(f"another process works on the sweep {out}: wait for it, or use another folder") from None
-
-
 def _start(specs, out, store, split, progress):
     "Refuse what can be refused, and tell the table what is done -> what runs note about their data."
     check_specs(specs, store.d_in)
@@ -271,7 +263,7 @@ def run_sweep(
     "Train and measure all runs on this machine, in groups; raises `BadInput` before anything is trained."
     folders = {s.name: Path(out) / "runs" / s.name for s in specs}
     split = {"test": test, "split_seed": split_seed}
-    with _alone(out), Progress(specs, progress) as table:
+    with one_writer(check_run_folder(out)), Progress(specs, progress) as table:
         notes = _start(specs, out, store, split, table)
         began = _fingerprint(store)
         left = [s for s in specs if not is_done(folders[s.name])]
@@ -402,7 +394,7 @@ def run_sweep_on_ray(
 ) -> pd.DataFrame:  # from `sweep_table`
     "Train and measure all runs on a Ray cluster, each as a task; raises `BadInput` before anything is trained."
     split = {"test": test, "split_seed": split_seed}
-    with _alone(out), Progress(specs, progress) as table:
+    with one_writer(check_run_folder(out)), Progress(specs, progress) as table:
         notes = _start(specs, out, store, split, table)
         data, device = _fingerprint(store), "cuda" if gpus else None
         where = source or str(store.path.absolute())

@@ -129,7 +129,9 @@ def _step_by_torch(adam: Adam, grads, lr, scale, shadows):
     params, gradients, firsts, seconds = (
         [of[name] for name in adam.params] for of in (adam.params, grads, adam.m, adam.v)
     )
-    steps = [torch.full((), adam.count - 1.0, device=p.device) for p in params]  # it adds 1 to each
+    steps = [
+        torch.full((), adam.count - 1.0, device=p.device, dtype=torch.float32) for p in params
+    ]  # it adds 1 to each
     torch_adam(
         params,
         gradients,

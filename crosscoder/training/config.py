@@ -6,6 +6,7 @@
 __all__ = ['CARD_PROJECT', 'FIELDS', 'ModelConfig', 'TrainConfig', 'card_recipe', 'to_field_type']
 
 # %% ../../nbs/training/30_config.ipynb #4c5f208b
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, get_args
@@ -14,6 +15,39 @@ import torch
 
 from ..basics import BadInput, default_dtype
 from ..model.crosscoder import CrossCoder
+
+# %% ../../nbs/training/30_config.ipynb #8caadae3
+def _to_type(name: str, value: Any, kind: Any) -> Any:  # raises `ValueError`
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
+    for allowed in get_args(kind) or (kind,):
+        if allowed is type(None) and value is None:
+            return None
+        if allowed is str and isinstance(value, str):
+            return str(value)
+        if allowed is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if allowed in (int, float) and (number := _to_number(allowed, value)) is not None:
+            return number
+    raise ValueError(f"{name} is {value!r:.80}: expected {kind.__name__ if isinstance(kind, type) else kind}")
+
+
+def _to_number(kind, value):  # the same number as an int or a float; None where it is not one
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+        return number if kind is float else kind(number) if number == kind(number) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _take_types(config: Any) -> None:  # every field into its type; raises `BadInput`
+    for f in fields(config):
+        try:
+            setattr(config, f.name, _to_type(f.name, getattr(config, f.name), f.type))
+        except ValueError as e:
+            raise BadInput(str(e)) from None
 
 # %% ../../nbs/training/30_config.ipynb #7bf0dad9
 @dataclass
@@ -32,6 +66,9 @@ class ModelConfig:
     normalizer: str = "scale"  # zscore (each channel), scale (one number a model) or none
     init_seed: int = 0  # of the starting weights
     equal_start: bool = True  # models of one width start with the same directions; otherwise each with its own
+
+    def __post_init__(self):
+        _take_types(self)
 
     def build(
         self,
@@ -87,6 +124,7 @@ class TrainConfig:
         return cls(**{**_CARD, **changes})
 
     def __post_init__(self):
+        _take_types(self)
         if self.precision is None:
             self.precision = _native_precision()
         _check(self)
@@ -137,8 +175,8 @@ def _check(config: TrainConfig):  # raises `BadInput`
         if value is None or f.name == "precision":
             continue
         least = 1 if f.name in _COUNTS else 0
-        if not value >= least:  # nan is refused too
-            raise BadInput(f"{f.name} is {value}: expected at least {least}")
+        if not least <= value < (2**63 if isinstance(value, int) else math.inf):  # nan and inf are refused too
+            raise BadInput(f"{f.name} is {value}: expected at least {least}, and a number that this machine can hold")
     if config.decay > 1:
         raise BadInput(f"decay is {config.decay}: expected a share of the steps between 0 and 1")
 
@@ -180,25 +218,4 @@ def to_field_type(
     value: Any,  # what was given for it
 ) -> Any:
     "The value in the field's type; one that it cannot hold raises `ValueError`."
-    if isinstance(value, (list, tuple)):
-        value = ",".join(map(str, value))
-    kind = FIELDS[name].type
-    for allowed in get_args(kind) or (kind,):
-        if allowed is type(None) and value is None:
-            return None
-        if allowed is str and isinstance(value, str):
-            return value
-        if allowed is bool and str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        if allowed in (int, float) and (number := _to_number(allowed, value)) is not None:
-            return number
-    raise ValueError(f"{name} is {value!r}: expected {kind.__name__ if isinstance(kind, type) else kind}")
-
-
-def _to_number(kind, value):  # the same number as an int or a float; None where it is not one
-    if isinstance(value, bool):
-        return None
-    try:
-        return kind(float(value)) if float(value) == kind(float(value)) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
+    return _to_type(name, value, FIELDS[name].type)

@@ -174,18 +174,15 @@ def probe_r2(
     guess: Affine | Network,
     m: Moments,
     max_rows: int = 262_144,  # of more rows, this many are looked at, spread evenly
-) -> (
-    pd.DataFrame
-):  # per candidate: fired (rows over half its largest activation), noise (σ of R²), probe_r2_a, probe_r2_b
+) -> pd.DataFrame:  # per candidate: fired (rows over half its maximum), noise (σ of R²), probe_r2_a, probe_r2_b
     "How well each candidate can be read off each model alone."
     n = len(evenly_spaced(part, max_rows))
     fired, total, square, with_x = _sums(candidates, part, guess, m, max_rows)
     variance = (square / n - (total / n).square()).clamp(min=1e-30)
     covariance = with_x / n
     found = {"fired": fired.numpy(), "noise": (2 * max(candidates.d_in)) ** 0.5 / n}
-    for name, c in zip("ab", candidates.partition.channels):
+    for name, c, d in zip("ab", candidates.partition.channels, candidates.d_in):
         r2 = _explained(covariance[:, c], m.cov[c, c]) / variance
-        d = len(m.cov[c, c])
         corrected = 1 - (1 - r2) * (n - 1) / max(1, n - d - 1)
         found[f"probe_r2_{name}"] = corrected.clamp(min=0).numpy()
     return pd.DataFrame(found)

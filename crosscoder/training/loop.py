@@ -7,8 +7,8 @@ __all__ = ['Callback', 'History', 'is_logged', 'Checkpoint', 'train_many', 'trai
 
 # %% ../../nbs/training/33_loop.ipynb #795af76a
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from crosscoder.folder import (
     CONFIG,
     MODEL,
     append_metrics,
+    check_run_folder,
     forget_config,
+    one_writer,
     read_config,
     read_metrics,
     update_config,
@@ -128,6 +130,9 @@ class _Run:  # one crosscoder being trained, its folder and its callbacks
         callbacks: Iterable[Callback],
     ):
         _check_store(cc, store)
+        self.alone = ExitStack()
+        if out is not None:
+            self.alone.enter_context(one_writer(check_run_folder(out)))
         weight = config.weight_for(cc.d_in)
         unweighted = bool(out) and _began_unweighted(Path(out)) and not config.difference_weight
         config = replace(config, difference_weight=0.0 if unweighted else weight)
@@ -173,10 +178,11 @@ class _Run:  # one crosscoder being trained, its folder and its callbacks
 
     def result(self) -> tuple[CrossCoder, pd.DataFrame]:
         "The model in eval mode and its history."
-        if self.finished and self.out:
-            _load_finished(self, self.out)
-        else:
-            _finish(self)
+        with self.alone:
+            if self.finished and self.out:
+                _load_finished(self, self.out)
+            else:
+                _finish(self)
         return self.cc, pd.DataFrame(self.history.rows)
 
 # %% ../../nbs/training/33_loop.ipynb #675faf1e
@@ -191,7 +197,9 @@ def _finish(run: _Run):  # leaves the final files
     run.cc.eval().info.update({**_origin(run.store), "train": asdict(run.config)})
     if run.out:
         write_atomic(run.out / MODEL, run.cc.to_bytes())
-        shutil.rmtree((run.out / CHECKPOINT).parent, ignore_errors=True)
+        (run.out / CHECKPOINT).unlink(missing_ok=True)
+        with suppress(OSError):  # something else lies there
+            (run.out / CHECKPOINT).parent.rmdir()
 
 # %% ../../nbs/training/33_loop.ipynb #af35d0a5
 def _try(
@@ -269,13 +277,16 @@ def train_many(
     given = zip(crosscoders, [store] * n, each, outs, callbacks)
     runs: list[_Run | None] = [_try(failed, i, _Run, *one) for i, one in enumerate(given)]
     fitted: dict[str, CrossCoder] = {}
-    for i, r in enumerate(runs):
-        if r and not r.finished:
-            _try(failed, i, r.resume, fitted)
-    todo = {i: r for i, r in enumerate(runs) if r and not r.finished and i not in (failed or ())}
-    if todo:
-        _loop(todo, Batches(store, each[0].batch_size, each[0].seed, pin=True), progress, failed)
-    return [r and _try(failed, i, r.result) for i, r in enumerate(runs)]
+    with ExitStack() as alone:
+        for i, r in enumerate(runs):
+            if r:
+                alone.push(r.alone)
+            if r and not r.finished:
+                _try(failed, i, r.resume, fitted)
+        todo = {i: r for i, r in enumerate(runs) if r and not r.finished and i not in (failed or ())}
+        if todo:
+            _loop(todo, Batches(store, each[0].batch_size, each[0].seed, pin=True), progress, failed)
+        return [r and _try(failed, i, r.result) for i, r in enumerate(runs)]
 
 
 def _check_lists(n, configs, outs, callbacks):  # raises `BadInput`
@@ -284,6 +295,9 @@ def _check_lists(n, configs, outs, callbacks):  # raises `BadInput`
             f"{n} crosscoders were given with {len(configs)} configs, {len(outs)} folders "
             f"and {len(callbacks)} lists of callbacks: expected one for each"
         )
+    folders = [str(Path(out).resolve()) for out in outs if out]
+    if len(set(folders)) < len(folders):
+        raise BadInput(f"two runs have one folder: {', '.join(map(str, outs))}. Give each its own")
     for name in ("batch_size", "seed"):
         found = {getattr(c, name) for c in configs}
         if len(found) > 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from ..basics import BadInput, load_strictly, open_safetensors, write_atomic
+from ..files import tensors_sha256
 from ..model.crosscoder import CrossCoder
 from ..model.formats import from_file, to_file
 from crosscoder.model.sparse import (
@@ -76,6 +77,8 @@ class Trainer:
         config: TrainConfig | None = None,  # defaults if left out
         info: dict | None = None,  # kept for callbacks and files
     ):
+        if any(p.dtype != torch.float32 for p in cc.parameters()):
+            raise BadInput(f"the crosscoder's weights are {cc.encoder.dtype}: training needs float32, call cc.float()")
         self.cc, self.config, self.info = cc.train(), config or TrainConfig(), info or {}
         self.step_number = 0  # of the next step
         self.weight = self.config.weight_for(cc.d_in)  # how loud the difference shall be
@@ -308,10 +311,8 @@ class Metrics(Mapping):
     def _floats(self) -> dict[str, float]:
         found = dict(zip(self._names, self._stack.tolist()))
         if not abs(found["loss"]) < float("inf"):
-            raise BadInput(
-                f"the loss of step {self._step} is {found['loss']}: "
-                f"the batch holds NaN or Inf, or the learning rate {self._rate} is too high"
-            )
+            why = f"the batch holds NaN or Inf, or the learning rate {self._rate} is too high"
+            raise BadInput(f"the loss of step {self._step} is {found['loss']}: {why}")
         return found
 
     def __getitem__(self, name: str) -> float:
@@ -346,14 +347,10 @@ def _remember(trainer, codes, n):  # who fired in a batch of n
     on = codes.values > 0
     fired = torch.zeros_like(trainer.cc.encoder_bias).index_add_(0, codes.layout.indices, on.float())
     trainer.silent.add_(n).masked_fill_(fired > 0, 0)
-    if ACTIVATIONS[trainer.cc.activation].learns_threshold:
-        least = codes.values.where(on, torch.inf).min()
-        _learn_threshold(trainer.cc.threshold, least, first=trainer.step_number == 0)
-
-
-def _learn_threshold(threshold, least, first):  # in place; inf: nothing was selected
-    moved = least if first else threshold + 0.05 * (least - threshold)
-    threshold.copy_(torch.where(least.isinf(), threshold, moved))
+    if ACTIVATIONS[trainer.cc.activation].learns_threshold and len(codes.values):
+        threshold, least = trainer.cc.threshold, codes.values.where(on, torch.inf).min()  # inf: nothing is positive
+        moved = least if trainer.step_number == 0 else threshold + 0.05 * (least - threshold)
+        threshold.copy_(torch.where(least.isinf(), threshold, moved))
 
 # %% ../../nbs/training/32_step.ipynb #06438d4b
 def _clipping(trainer) -> Tensor | None:  # what the gradient is multiplied with, 0-d; None for nothing
@@ -428,18 +425,22 @@ def save_checkpoint(self: Trainer, path: str | Path) -> None:
     moments = {f"adam.{k}": v for k, v in self.optimizer.state_dict().items()}
     memory = {"silent": self.silent, "loudness": torch.tensor(self.loudness, dtype=torch.float64)}
     tensors = {k: v.detach().cpu().clone() for k, v in {**model, **moments, **memory}.items()}
-    write_atomic(path, to_safetensors(tensors, metadata={"step": str(self.step_number)}))
+    write_atomic(path, to_safetensors(tensors, {"step": str(self.step_number), "sha256": tensors_sha256(tensors)}))
 
 
 @patch
 def load_checkpoint(self: Trainer, path: str | Path) -> None:
-    "Take all of it back; a file that does not fit raises `BadInput`."
+    "Take all of it back; a file that was altered, does not fit or holds NaN or Inf raises `BadInput`."
+    anew = f"Delete {path} to begin this run again from its first step"
     tensors, metadata = open_safetensors(path)
+    whole = metadata.get("sha256", found := tensors_sha256(tensors)) == found
+    if not whole or not all(t.isfinite().all() for t in tensors.values()):
+        raise BadInput(f"{path} {'holds NaN or Inf' if whole else 'was altered: its checksum is another'}. {anew}")
+    if getattr(tensors.get("silent"), "shape", None) != self.silent.shape or not metadata.get("step", "").isdecimal():
+        raise BadInput(f"{path} is no checkpoint of this run: it lacks a step, or the memory of its features. {anew}")
     if self.weight and "loudness" not in tensors:
-        raise BadInput(
-            f"{path} is from before the difference had a weight, and difference_weight is {self.weight:g}: "
-            "set it to 0 to go on as it was begun, or begin anew"
-        )
+        old = f"{path} is from before the difference had a weight, and difference_weight is {self.weight:g}"
+        raise BadInput(f"{old}: set it to 0 to go on as it was begun, or begin anew")
     part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     load_strictly(self.cc, from_file(part("cc.")), path)
     self.__dict__.pop("frozen", None)

@@ -9,6 +9,7 @@ __all__ = ['BLOCK', 'LABELS', 'records', 'offline_files', 'read_offline', 'wandb
 # %% ../../nbs/training/35_tracking.ipynb #3b1c6a9d
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import pandas as pd
 from fastcore.basics import patch
 
-from ..basics import BadInput, write_atomic
+from ..basics import BadInput, check_form, plain, read_json, write_atomic, write_json
 from ..folder import CONFIG, MODEL, mean_fve, read_config, read_metrics
 from .loop import Callback, is_logged
 from .step import Trainer
@@ -119,7 +120,7 @@ def wandb_mode() -> str:
 
 # %% ../../nbs/training/35_tracking.ipynb #5f85de7c
 class WandB(Callback):
-    "Logs a run to Weights & Biases: settings and curves while it trains, `results` afterwards."
+    "Logs a run to Weights & Biases: settings and curves while it trains, `results` afterwards; nothing if disabled."
 
     offline = False  # for the runs that this process opens from now on: W&B has failed
     warned = False
@@ -145,6 +146,12 @@ class WandB(Callback):
         self.id: str | None = None
         self.last = 0  # step that was logged last
 
+    @property
+    def disabled(self) -> bool:
+        "Whether `WANDB_MODE` or `WANDB_DISABLED` says that nothing shall be logged or written."
+        off = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
+        return off or os.environ.get("WANDB_MODE", "").lower() == "disabled"
+
     @contextmanager
     def careful(self) -> Iterator[None]:
         "W&B may fail in here, training may not."
@@ -169,14 +176,17 @@ class WandB(Callback):
 def _identify(self: WandB, config: dict) -> str:
     "W&B's id of the run with this config."
     trial = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    settings = json.dumps({k: config.get(k) for k in ("model", "train", "data")}, sort_keys=True)
+    settings = json.dumps(plain({k: config.get(k) for k in ("model", "train", "data")}), sort_keys=True)
     about = hashlib.sha256(settings.encode()).hexdigest()[:16]
     path = self.out and self.out / "wandb" / "id.json"
-    kept = json.loads(path.read_text()) if path and path.exists() else {"id": self.id, "about": about}
-    if trial or not kept["id"] or kept["about"] != about:
+    kept = {"id": self.id, "about": about}
+    if path and path.exists():
+        with suppress(BadInput):  # a damaged one: W&B gets another run
+            kept = check_form(dict[str, str], read_json(path), path)
+    if trial or not kept.get("id") or kept.get("about") != about:
         kept = {"id": trial or os.urandom(4).hex(), "about": about}
     if path:
-        write_atomic(path, json.dumps(kept))
+        write_json(path, kept)
     return kept["id"]
 
 # %% ../../nbs/training/35_tracking.ipynb #58f7b5e9
@@ -242,12 +252,15 @@ def _open(self: WandB, given: dict) -> None:
 def _log(self: WandB, metrics: Any, step: int) -> None:
     if step <= self.last:
         return
-    self.run.log(dict(metrics), step=step, commit=True)
+    defined = {k: v for k, v in dict(metrics).items() if not isinstance(v, float) or math.isfinite(v)}
+    self.run.log({k: v for k, v in defined.items() if v is not None}, step=step, commit=True)
     self.last = step
 
 
 @patch
 def begin(self: WandB, trainer: Trainer) -> None:
+    if self.disabled:
+        return
     with self.careful():
         self._open({**trainer.info, "train": asdict(trainer.config)})
 
@@ -321,10 +334,12 @@ def results(
     import matplotlib.pyplot  # noqa: F401 (W&B recognizes no figure without it)
     import wandb
 
+    if self.disabled:
+        return
     done = self.out and self.out / "wandb" / "results.json"
-    summary = summary_numbers(evaluation, table)
+    summary = plain(summary_numbers(evaluation, table))
     with self.careful():
-        if done and done.exists() and json.loads(done.read_text()) == [self._identify(_config(self, {})), summary]:
+        if done and done.exists() and read_json(done) == [self._identify(_config(self, {})), summary]:
             return
         self._open({})
         self.run.summary.update(summary)
@@ -333,7 +348,7 @@ def results(
         _log_checkpoint(self)
         self._finish()
         if done:
-            write_atomic(done, json.dumps([self.id, summary]))
+            write_json(done, [self.id, summary])
 
 # %% ../../nbs/training/35_tracking.ipynb #5bfc55de
 def definition(
