@@ -7,7 +7,8 @@ __all__ = ['OUR_AXES', 'shape_faults', 'to_ours', 'tensors_sha256', 'weights_fin
 
 # %% ../nbs/03_files.ipynb #e5b6caac
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,27 @@ def _checksum(t: Tensor, stride: int) -> bytes:
 
 
 @torch.no_grad()
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    "Names and tensors, module by module; what is offloaded is brought in for as long as it is looked at."
+    from accelerate.utils import align_module_device
+
+    for prefix, m in model.named_modules():
+        own = lambda: [*m.named_parameters(prefix, recurse=False), *m.named_buffers(prefix, recurse=False)]
+        away = hasattr(m, "_hf_hook") and any(t.is_meta for _, t in own())
+        with align_module_device(m, torch.device("cpu")) if away else nullcontext():
+            yield from own()
+
+
 def weights_fingerprint(model: nn.Module) -> str:
-    "A hash over names, shapes and numbers of all parameters and buffers; the files of those that are not in memory."
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    on_cpu = sum(t.nbytes for t in tensors.values() if t.device.type == "cpu")
-    digest = hashlib.sha256()
-    for name, t in tensors.items():
+    "A hash over names, shapes and numbers of all parameters and buffers; the files of those that cannot be brought in."
+    digest, unread = hashlib.sha256(), False
+    on_cpu = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.device.type in ("cpu", "meta"))
+    for name, t in _tensors(model):
         digest.update(f"{name} {tuple(t.shape)} {t.dtype} ".encode())
-        if t.device.type != "meta":
+        unread |= t.is_meta
+        if not t.is_meta:
             digest.update(_checksum(t, _STRIDE if t.device.type == "cpu" and on_cpu > _ALL else 1))
-    if any(t.device.type == "meta" for t in tensors.values()):  # offloaded
+    if unread:
         folder = Path(getattr(getattr(model, "config", None), "_name_or_path", ""))
         for f in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
             with open(f, "rb") as file:

@@ -58,7 +58,7 @@ def test_diff_leaves_everything(run):
     table, result = pd.read_parquet(out / "features.parquet"), json.loads((out / "evaluation.json").read_text())
     assert len(table) == 64 and set(table.label) <= {"A", "B", "shared", "undecided", "dead"}
     assert list(table.partition) == ["shared"] * 64 and table.share.between(0, 1).any() and "comes_back" not in table
-    assert "difference: 16 candidates from" in done.said  # as many as the models have channels
+    assert "difference: 32 candidates from" in done.said  # half as many as features
     assert 0 < result["fve_a"] < 1 and result["rows"] == len(ActivationStore(out / "activations").split()[1])
 
 

@@ -173,7 +173,8 @@ def check_two(
     preset: str,
     null: bool,  # whether one model may be given twice
 ) -> None:
-    "`BadInput` where A and B are the same files by mistake."
+    "`BadInput` for what no pair can be loaded with, and where A and B are the same files by mistake."
+    check_pair(resolve(given, preset))
     s = resolve({k: v for k, v in given.items() if k in ("model_a", "model_b", "revision")}, preset)
     a, b, revisions = s["model_a"], s["model_b"], (s["revision"] or "").split(",")
     if null or a is None or b is None or revisions[0] != revisions[-1]:
