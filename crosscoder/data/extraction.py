@@ -7,7 +7,6 @@ __all__ = ['extraction_settings', 'extract']
 
 # %% ../../nbs/data/25_extraction.ipynb #beb6586f
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
