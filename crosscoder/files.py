@@ -86,7 +86,6 @@ def _checksum(t: Tensor, stride: int) -> bytes:
     return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
 
 
-@torch.no_grad()
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     "Names and tensors, module by module; what is offloaded is brought in for as long as it is looked at."
     from accelerate.utils import align_module_device
@@ -98,6 +97,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from own()
 
 
+@torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
     "A hash over names, shapes and numbers of all parameters and buffers; the files of those that cannot be brought in."
     digest, unread = hashlib.sha256(), False

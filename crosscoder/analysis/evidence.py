@@ -412,9 +412,7 @@ def _table(cc, m):  # -> DataFrame
     return table.assign(score=score.cpu().numpy(), q_value=q.cpu().numpy()).rename_axis("feature")
 
 # %% ../../nbs/analysis/41_evidence.ipynb #808cb695
-def _turned_q(
-    aligned,
-):  # (n_features,) q-value of a cosine that is lower than the others vary; nan for unrelated spaces
+def _turned_q(aligned):  # (n_features,) q-value of a cosine lower than the others vary; nan for unrelated spaces
     from scipy.special import ndtr
     from scipy.stats import false_discovery_control
 

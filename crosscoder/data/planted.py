@@ -221,17 +221,12 @@ class PlantedTruth:
         noise: float = 0.01,  # standard deviation of what no concept explains
         seed: int = 0,  # of directions and frequencies
         graded: int = 0,  # shared concepts that are ¼, ½, 2 and 4 times as strong in A, in turn
-        moved: int = 0,  # of A's concepts and of B's, the first that are along one direction
     ):
         n_a, n_b = self.exclusive = tuple(exclusive)
         n = self.n_concepts = n_concepts
         if n_a + n_b + rotated + graded > n:
             others = f"{rotated} rotated and {graded} graded ones"
             raise BadInput(f"exclusive {self.exclusive}, {others} are more than the {n} concepts there are")
-        if moved > min(self.exclusive):
-            raise BadInput(
-                f"{moved} moved concepts: expected at most as many as each model has alone, {self.exclusive}"
-            )
         if not 0 < rarity <= 1:
             raise BadInput(f"rarity is {rarity}, expected a factor over 0 and at most 1")
         self.d = d
@@ -240,10 +235,7 @@ class PlantedTruth:
         self.seed = seed
         d_a, d_b = (d, d) if isinstance(d, int) else d
         self.d_in = d_a, d_b
-        self.moved = moved
         self.directions = _directions(n, self.d_in, geometry, rotated, seed)  # (n_concepts, d_m) each
-        for x in self.directions:
-            x[n_a : n_a + moved] = x[:moved]
         self.has = torch.ones(2, n, dtype=torch.bool)  # which model has which concept
         self.has[1, :n_a] = False
         self.has[0, n_a : n_a + n_b] = False

@@ -45,7 +45,6 @@ class Setting:
     rarity: float = 1.0  # factor on the probability of exclusive concepts
     frequencies: str = "paper"  # or hierarchical
     graded: int = 0  # shared concepts ¼, ½, 2 and 4 times as strong in A
-    moved: int = 0  # concepts that are written at other places: exclusive to each, along one direction
     dict_size: int = 256  # features
     k: int = 5  # active features a row, on average
     rows: int = 500_000  # to train on; they come again
@@ -64,7 +63,7 @@ class Setting:
         "The planted pair."
         own = (self.exclusive, self.exclusive)
         kind = self.geometry, self.rotated, self.rarity, self.frequencies
-        return PlantedPair(self.n_concepts, self.d, own, *kind, seed=self.seed, graded=self.graded, moved=self.moved)
+        return PlantedPair(self.n_concepts, self.d, own, *kind, seed=self.seed, graded=self.graded)
 
     def config(self, **changes: Any) -> TrainConfig:
         "How everything is trained."

@@ -380,8 +380,7 @@ def find_differences(
     cc: CrossCoder,  # two models; changed in place
     part: ActivationStore | StorePart,  # the training part
     config: TrainConfig | None = None,  # of the candidates' training, and of the network's; defaults if left out
-    candidates: int
-    | None = None,  # features to look for; half as many as the dictionary has, or as the wider model has channels
+    candidates: int | None = None,  # features to look for; by default as `train_candidates` has it
     out: str | Path | None = None,  # folder for the result
     progress: bool = True,  # show progress bars
 ) -> pd.DataFrame:  # per candidate: fired, probe_r2_a, probe_r2_b, model, kept; `attrs` has the guess
